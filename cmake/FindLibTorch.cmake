@@ -36,16 +36,23 @@ find_package_handle_standard_args(LibTorch
   FAIL_MESSAGE "no torch in the Python environment of '${GDN_PYTHON}': run 'make setup', or pass -DGDN_PYTHON=/path/to/python")
 
 if(LibTorch_FOUND AND NOT TARGET LibTorch::cpu)
-  find_package(OpenMP REQUIRED COMPONENTS CXX)  # at::parallel_for is an OpenMP loop in torch's headers
+  # at::parallel_for is an OpenMP loop in torch's headers; its runtime is the one torch brought, so
+  # that a process has only one.
+  find_package(OpenMP REQUIRED COMPONENTS CXX)
+  file(GLOB _gdn_openmp "${LibTorch_ROOT}/lib/libgomp*.so*" "${LibTorch_ROOT}.libs/libgomp*.so*")
+  if(NOT _gdn_openmp)
+    set(_gdn_openmp ${OpenMP_CXX_LIBRARIES})
+  endif()
   add_library(LibTorch::c10 SHARED IMPORTED)
   set_target_properties(LibTorch::c10 PROPERTIES IMPORTED_LOCATION "${LibTorch_ROOT}/lib/libc10.so")
   add_library(LibTorch::cpu SHARED IMPORTED)
   set_target_properties(LibTorch::cpu PROPERTIES
     IMPORTED_LOCATION "${LibTorch_ROOT}/lib/libtorch_cpu.so"
     INTERFACE_COMPILE_DEFINITIONS "_GLIBCXX_USE_CXX11_ABI=1"
+    INTERFACE_COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}"
     INTERFACE_INCLUDE_DIRECTORIES
       "${LibTorch_ROOT}/include;${LibTorch_ROOT}/include/torch/csrc/api/include"
-    INTERFACE_LINK_LIBRARIES "LibTorch::c10;OpenMP::OpenMP_CXX")
+    INTERFACE_LINK_LIBRARIES "LibTorch::c10;${_gdn_openmp}")
   if(EXISTS "${LibTorch_ROOT}/lib/libtorch_cuda.so")
     add_library(LibTorch::cuda SHARED IMPORTED)
     set_target_properties(LibTorch::cuda PROPERTIES

@@ -3,7 +3,9 @@
 namespace gdn::kernels {
 
 int64_t first_segment(const GatedDeltaRuleProblem& problem, int64_t n) {
-  const auto segments = [](int64_t tokens) { return (tokens + kSegmentTokens - 1) / kSegmentTokens; };
+  const auto segments = [](int64_t tokens) {
+    return (tokens + kSegmentTokens - 1) / kSegmentTokens;
+  };
   if (problem.cu_seqlens == nullptr) return n * segments(problem.T);
   int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -22,17 +22,17 @@ inline constexpr int64_t kSegmentTokens = 1024;
 /// What forward and backward have in common.
 struct GatedDeltaRuleProblem {
   int64_t B = 0, T = 0, H = 0, HV = 0, K = 0, V = 0, N = 0;
-  int64_t chunk_size = 64;               // C; 16, 32, 64 or 128
-  DType dtype = DType::f32;              // of q, k, v, o and their gradients
-  float scale = 1.0F;                    // of o; the caller resolves the default K^-1/2
-  bool qk_l2norm = false;                // q, k <- x * rsqrt(sum(x^2) + 1e-6), in fp32
-  bool state_v_first = false;            // states are [N, HV, V, K] instead of [N, HV, K, V]
-  const int64_t* cu_seqlens = nullptr;   // [N + 1], host memory; null: N = B sequences of T tokens
-  ConstView4 q, k;                       // [B, T, H, K]
-  ConstView4 v;                          // [B, T, HV, V]
-  const void* g = nullptr;               // [B, T, HV] contiguous log decay <= 0; fp32 (f64: double)
-  const void* beta = nullptr;            // [B, T, HV] contiguous; fp32 (f64: double)
-  const void* initial_state = nullptr;   // [N, HV, K, V] contiguous fp32 (f64: double); null: zeros
+  int64_t chunk_size = 64;              // C; 16, 32, 64 or 128
+  DType dtype = DType::f32;             // of q, k, v, o and their gradients
+  float scale = 1.0F;                   // of o; the caller resolves the default K^-1/2
+  bool qk_l2norm = false;               // q, k <- x * rsqrt(sum(x^2) + 1e-6), in fp32
+  bool state_v_first = false;           // states are [N, HV, V, K] instead of [N, HV, K, V]
+  const int64_t* cu_seqlens = nullptr;  // [N + 1], host memory; null: N = B sequences of T tokens
+  ConstView4 q, k;                      // [B, T, H, K]
+  ConstView4 v;                         // [B, T, HV, V]
+  const void* g = nullptr;              // [B, T, HV] contiguous log decay <= 0; fp32 (f64: double)
+  const void* beta = nullptr;           // [B, T, HV] contiguous; fp32 (f64: double)
+  const void* initial_state = nullptr;  // [N, HV, K, V] contiguous fp32 (f64: double); null: zeros
   ParallelFor parallel_for = serial_for;
 };
 
@@ -44,11 +44,11 @@ inline int64_t segment_count(const GatedDeltaRuleProblem& problem) {
 }
 
 struct GatedDeltaRuleForward : GatedDeltaRuleProblem {
-  MutableView4 o;                  // [B, T, HV, V]; data null: only the states are wanted
-  void* final_state = nullptr;     // [N, HV, K, V] contiguous fp32 (f64: double), or null;
-                                   // may be the same memory as initial_state
-  float* segment_states = nullptr; // [segment_count, HV, K, V] fp32 (never V first), or null:
-                                   // the state at the start of every kSegmentTokens tokens
+  MutableView4 o;                   // [B, T, HV, V]; data null: only the states are wanted
+  void* final_state = nullptr;      // [N, HV, K, V] contiguous fp32 (f64: double), or null;
+                                    // may be the same memory as initial_state
+  float* segment_states = nullptr;  // [segment_count, HV, K, V] fp32 (never V first), or null:
+                                    // the state at the start of every kSegmentTokens tokens
 };
 
 struct GatedDeltaRuleBackward : GatedDeltaRuleProblem {

@@ -8,12 +8,12 @@
 
 namespace gdn {
 
-/// The state of one layer. A GDN layer uses the first four tensors, an attention layer the last two;
-/// the others stay undefined.
+/// The state of one layer. A GDN layer uses the first four tensors, an attention layer the last
+/// two; the others stay undefined.
 struct LayerCache {
-  at::Tensor recurrent_state;               ///< [B, HV, K, V] fp32
-  at::Tensor conv_q, conv_k, conv_v;        ///< [B, D, W - 1]; undefined without short convolution
-  at::Tensor attn_key, attn_value;          ///< [B, kv heads, tokens (at most the window), head dim]
+  at::Tensor recurrent_state;         ///< [B, HV, K, V] fp32
+  at::Tensor conv_q, conv_k, conv_v;  ///< [B, D, W - 1]; undefined without short convolution
+  at::Tensor attn_key, attn_value;    ///< [B, kv heads, tokens (at most the window), head dim]
 };
 
 /// One LayerCache a layer. A default-constructed cache is empty, and the first forward fills it.

@@ -12,14 +12,14 @@
 namespace gdn {
 
 struct CausalLMInput {
-  at::Tensor input_ids;                         ///< [B, T] int64
+  at::Tensor input_ids;  ///< [B, T] int64
   /// [B, T] int64 or bool, 1 for tokens, 0 for padding, which must be on the left: padded positions
   /// change neither states nor later outputs.
   std::optional<at::Tensor> attention_mask = std::nullopt;
   /// [N + 1]: packed sequences, B is 1.
   std::optional<at::Tensor> cu_seqlens = std::nullopt;
-  /// [B, T] int64, aligned with input_ids: position t's logits are compared with labels[t + 1], never
-  /// across two packed sequences. -100 is ignored.
+  /// [B, T] int64, aligned with input_ids: position t's logits are compared with labels[t + 1],
+  /// never across two packed sequences. -100 is ignored.
   std::optional<at::Tensor> labels = std::nullopt;
   /// Read and updated in place.
   Cache* cache = nullptr;

@@ -13,27 +13,27 @@ namespace gdn {
 
 /// Hybrid models: which layers are attention, and of what kind.
 struct AttentionConfig {
-  std::vector<int64_t> layers;           ///< layer indices that hold attention instead of GDN
-  int64_t num_heads = 0;                 ///< query heads; required
-  std::optional<int64_t> num_kv_heads;   ///< num_heads when absent
+  std::vector<int64_t> layers;          ///< layer indices that hold attention instead of GDN
+  int64_t num_heads = 0;                ///< query heads; required
+  std::optional<int64_t> num_kv_heads;  ///< num_heads when absent
   bool qkv_bias = false;
-  bool qk_norm = false;                  ///< RMSNorm over each head of q and k
-  std::optional<int64_t> window_size;    ///< sliding window in tokens; full attention when absent
+  bool qk_norm = false;                ///< RMSNorm over each head of q and k
+  std::optional<int64_t> window_size;  ///< sliding window in tokens; full attention when absent
   double rope_theta = 10000.0;
 };
 
 /// Field names are the keys of config.json.
 struct GatedDeltaNetConfig {
-  std::string attn_mode = "chunk";       ///< "chunk" or "fused_recurrent"
+  std::string attn_mode = "chunk";  ///< "chunk" or "fused_recurrent"
   int64_t hidden_size = 2048;
-  double expand_v = 2.0;                 ///< V / K
+  double expand_v = 2.0;  ///< V / K
   bool use_gate = true;
   bool use_short_conv = true;
   bool allow_neg_eigval = false;
   int64_t conv_size = 4;
-  int64_t head_dim = 256;                ///< K
-  int64_t num_heads = 6;                 ///< H
-  std::optional<int64_t> num_v_heads;    ///< HV; num_heads when absent
+  int64_t head_dim = 256;              ///< K
+  int64_t num_heads = 6;               ///< H
+  std::optional<int64_t> num_v_heads;  ///< HV; num_heads when absent
   int64_t max_position_embeddings = 2048;
   double hidden_ratio = 4.0;
   std::optional<int64_t> intermediate_size;
@@ -54,7 +54,7 @@ struct GatedDeltaNetConfig {
   int64_t vocab_size = 32000;
 
   int64_t value_heads() const { return num_v_heads.value_or(num_heads); }  ///< HV
-  int64_t head_v_dim() const;                                             ///< V
+  int64_t head_v_dim() const;                                              ///< V
   /// 256 * ceil(hidden_size * hidden_ratio * 2/3 / 256) unless intermediate_size is set.
   int64_t mlp_size() const;
   bool is_attention_layer(int64_t layer) const;

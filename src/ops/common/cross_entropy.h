@@ -16,7 +16,8 @@ enum class Reduction { mean, sum, none };
 /// mean divides by the number of counted rows; with none counted the loss is 0 and so are its
 /// gradients. Throws c10::ValueError for a target outside [0, vocabulary).
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target,
-                         int64_t ignore_index = kIgnoreIndex, Reduction reduction = Reduction::mean);
+                         int64_t ignore_index = kIgnoreIndex,
+                         Reduction reduction = Reduction::mean);
 
 /// cross_entropy(hidden weight^T, target) that holds the logits of only `rows_per_block` rows at a
 /// time. hidden [M, D], weight [vocabulary, D] of one dtype.

@@ -7,7 +7,8 @@
 
 namespace gdn {
 
-/// x * rsqrt(mean(x^2) + eps) * weight. x [..., D]; weight [D] or absent (ones), in x's dtype or fp32.
+/// x * rsqrt(mean(x^2) + eps) * weight. x [..., D]; weight [D] or absent (ones), in x's dtype or
+/// fp32.
 at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps);
 
 /// rms_norm(x, weight, eps) * silu(gate): the output norm of GDN layers. gate like x.

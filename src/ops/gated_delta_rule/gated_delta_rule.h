@@ -60,9 +60,10 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> fused_recurrent_gated_delta_ru
 
 /// Recurrent form in place: `state` [N, HV, K, V] fp32 is the initial state and becomes the final
 /// one. Takes no options.initial_state; not differentiable. Returns o [B, T, HV, V].
-at::Tensor fused_recurrent_gated_delta_rule_update(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
-    const at::Tensor& beta, at::Tensor& state, const GatedDeltaRuleOptions& options = {});
+at::Tensor fused_recurrent_gated_delta_rule_update(const at::Tensor& q, const at::Tensor& k,
+                                                   const at::Tensor& v, const at::Tensor& g,
+                                                   const at::Tensor& beta, at::Tensor& state,
+                                                   const GatedDeltaRuleOptions& options = {});
 
 /// The log decay g = -exp(A_log) * softplus(a + dt_bias), fp32. a [..., HV]; A_log, dt_bias [HV].
 at::Tensor gated_delta_rule_gate(const at::Tensor& a, const at::Tensor& A_log,

@@ -1,8 +1,8 @@
-#include <gdn/ops/utils/check.h>
-
 #include <sstream>
 
 #include <c10/util/Exception.h>
+
+#include <gdn/ops/utils/check.h>
 
 namespace gdn {
 

@@ -1,0 +1,46 @@
+# The ways in: 'make demo' and 'make test' on a fresh machine need nothing else done by hand.
+# PRESET=debug or asan chooses another build, JOBS the number of parallel jobs.
+
+PRESET ?= release
+# A compiler that reads torch's headers takes up to 2 GB.
+JOBS ?= $(shell awk -v cores=$$(nproc) '/MemAvailable/ { n = int($$2 / 2^21) } \
+          END { print n < 1 ? 1 : n < cores ? n : cores }' /proc/meminfo)
+BUILD := build/$(PRESET)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := build
+.PHONY: help setup build test demo bench lint format install clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## install what is missing: system packages and .venv with PyTorch
+	@scripts/setup.sh build
+
+build: setup  ## build everything into build/$(PRESET)
+	@test -f $(BUILD)/build.ninja || cmake --preset $(PRESET)
+	@cmake --build $(BUILD) --parallel $(JOBS)
+
+test: build  ## run every test
+	@ctest --test-dir $(BUILD) --no-tests=error --output-on-failure --parallel $(JOBS)
+
+demo: build  ## train a small language model on Python's standard library, and compare it
+	@scripts/demo.py --gdn $(BUILD)/bin/gdn --out demo
+
+bench: build  ## measure, beside PyTorch and transformers
+	@scripts/setup.sh bench
+	@scripts/bench.sh $(BUILD)
+
+lint:  ## check format and code (changes nothing)
+	@scripts/setup.sh lint
+	@scripts/lint.sh $(BUILD)
+
+format:  ## format C++ and Python
+	@scripts/setup.sh lint
+	@scripts/format.sh
+
+install: build  ## install under PREFIX (default /usr/local)
+	@cmake --install $(BUILD) $(if $(PREFIX),--prefix $(PREFIX))
+
+clean:  ## remove every build
+	@rm -rf build
