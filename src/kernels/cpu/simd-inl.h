@@ -1,0 +1,170 @@
+// Vectors of fp32 from and to memory of fp32, bf16 or fp16, and activation functions on them.
+//
+// It extends Highway's vocabulary, so the names follow Highway's. Include it, as every -inl header,
+// after foreach_target.h.
+
+#if defined(GDN_KERNELS_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GDN_KERNELS_CPU_SIMD_INL_H_
+#undef GDN_KERNELS_CPU_SIMD_INL_H_
+#else
+#define GDN_KERNELS_CPU_SIMD_INL_H_
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn::kernels::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Highway 1.0.3 converts fp16 in software where F16C is missing, and then neither rounds to nearest
+// nor knows infinity and NaN.
+#if HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_EMU128 || \
+    HWY_TARGET == HWY_SCALAR
+inline constexpr bool kSoftwareF16 = true;
+#else
+inline constexpr bool kSoftwareF16 = false;
+#endif
+
+template <class D>
+HWY_INLINE hn::Vec<D> PromoteF16(D d, hn::Vec<hn::Rebind<hwy::float16_t, D>> half) {
+  const hn::Vec<D> v = hn::PromoteTo(d, half);
+  if constexpr (!kSoftwareF16) return v;
+  // The exponent 31 of infinity and NaN came out as 143, which no finite fp16 has.
+  const hn::RebindToUnsigned<D> du;
+  const auto exponent = hn::Set(du, 0x7F800000U);
+  const auto bits = hn::BitCast(du, v);
+  const auto special = hn::Eq(hn::And(bits, exponent), hn::Set(du, 143U << 23));
+  return hn::BitCast(d, hn::IfThenElse(special, hn::Or(bits, exponent), bits));
+}
+
+template <class D>
+HWY_INLINE hn::Vec<hn::Rebind<hwy::float16_t, D>> DemoteF16(D d, hn::Vec<D> v) {
+  const hn::Rebind<hwy::float16_t, D> d16;
+  if constexpr (!kSoftwareF16) return hn::DemoteTo(d16, v);
+  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToSigned<D> di;
+  const hn::Rebind<uint16_t, D> du16;
+  const auto signed_bits = hn::BitCast(du, v);
+  const auto bits = hn::And(signed_bits, hn::Set(du, 0x7FFFFFFFU));
+  const auto sign = hn::ShiftRight<16>(hn::Xor(signed_bits, bits));
+  const auto below = [&](uint32_t limit) HWY_ATTR {  // bits < limit; both are positive as int32
+    return hn::RebindMask(du,
+                          hn::Lt(hn::BitCast(di, bits), hn::Set(di, static_cast<int32_t>(limit))));
+  };
+  // Normal: rebias the exponent from 127 to 15, round the 13 lost bits to nearest even.
+  const auto odd = hn::And(hn::ShiftRight<13>(bits), hn::Set(du, 1U));
+  const auto rebias = hn::Set(du, 0xFFFU - (112U << 23));
+  const auto normal = hn::ShiftRight<13>(hn::Add(bits, hn::Add(rebias, odd)));
+  // Subnormal: adding 0.5 aligns the value so that the hardware rounds it to a multiple of 2^-24.
+  const auto half = hn::Set(d, 0.5F);
+  const auto subnormal =
+      hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(d, bits), half)), hn::BitCast(du, half));
+  const auto special =
+      hn::IfThenElse(below(0x7F800001U), hn::Set(du, 0x7C00U), hn::Set(du, 0x7E00U));
+  const auto finite = hn::IfThenElse(below(113U << 23), subnormal, normal);
+  const auto magnitude = hn::IfThenElse(below(143U << 23), finite, special);
+  return hn::BitCast(d16, hn::DemoteTo(du16, hn::BitCast(di, hn::Or(sign, magnitude))));
+}
+
+/// Rounds to nearest even, where Highway's own conversion truncates; NaN stays NaN.
+template <class D>
+HWY_INLINE hn::Vec<hn::Rebind<hwy::bfloat16_t, D>> DemoteBF16(D d, hn::Vec<D> v) {
+  const hn::RebindToUnsigned<D> du;
+  const auto bits = hn::BitCast(du, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1U));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFU)));
+  const auto quiet = hn::Or(bits, hn::Set(du, 0x00400000U));
+  const auto nan = hn::RebindMask(du, hn::IsNaN(v));
+  return hn::DemoteTo(hn::Rebind<hwy::bfloat16_t, D>(),
+                      hn::BitCast(d, hn::IfThenElse(nan, quiet, rounded)));
+}
+
+/// The next Lanes(d) elements at p, as fp32. No alignment is needed.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const float* p) {
+  return hn::LoadU(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const hwy::bfloat16_t* p) {
+  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::bfloat16_t, D>(), p));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const hwy::float16_t* p) {
+  return PromoteF16(d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), p));
+}
+
+/// Writes v to the next Lanes(d) elements at p, rounded to nearest even.
+template <class D>
+HWY_INLINE void StoreF32(D d, hn::Vec<D> v, float* p) {
+  hn::StoreU(v, d, p);
+}
+template <class D>
+HWY_INLINE void StoreF32(D d, hn::Vec<D> v, hwy::bfloat16_t* p) {
+  hn::StoreU(DemoteBF16(d, v), hn::Rebind<hwy::bfloat16_t, D>(), p);
+}
+template <class D>
+HWY_INLINE void StoreF32(D d, hn::Vec<D> v, hwy::float16_t* p) {
+  hn::StoreU(DemoteF16(d, v), hn::Rebind<hwy::float16_t, D>(), p);
+}
+
+/// The first min(n, Lanes(d)) elements at p and zeros after them; nothing behind them is read.
+template <class D, typename T>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const T* p, int64_t n) {
+  if (HWY_LIKELY(n >= static_cast<int64_t>(hn::Lanes(d)))) return LoadF32(d, p);
+  T lanes[hn::MaxLanes(d)] = {};  // Highway's masked loads of 16-bit lanes may read behind p + n
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return LoadF32(d, lanes);
+}
+
+/// Writes the first min(n, Lanes(d)) lanes of v to p, and nothing behind them.
+template <class D, typename T>
+HWY_INLINE void StoreF32(D d, hn::Vec<D> v, T* p, int64_t n) {
+  if (HWY_LIKELY(n >= static_cast<int64_t>(hn::Lanes(d)))) return StoreF32(d, v, p);
+  T lanes[hn::MaxLanes(d)];
+  StoreF32(d, v, lanes);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+/// exp(x) for every x: hn::Exp is valid up to 104 only and turns NaN into 0.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V SafeExp(D d, V x) {
+  const V limit = hn::Set(d, 104.0F);  // beyond fp32's largest exponent
+  const V y = hn::Exp(d, hn::IfThenElse(hn::Gt(x, limit), limit, x));
+  return hn::IfThenElse(hn::IsNaN(x), x, y);
+}
+
+/// 1 / (1 + exp(-x)).
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Sigmoid(D d, V x) {
+  const V one = hn::Set(d, 1.0F);
+  return hn::Div(one, hn::Add(one, SafeExp(d, hn::Neg(x))));
+}
+
+/// x * sigmoid(x).
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Silu(D d, V x) {
+  return hn::Mul(x, Sigmoid(d, x));
+}
+
+/// d silu(x) / dx, given sigmoid(x).
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V SiluGradient(D d, V x, V sigmoid) {
+  const V one = hn::Set(d, 1.0F);
+  return hn::Mul(sigmoid, hn::MulAdd(x, hn::Sub(one, sigmoid), one));
+}
+
+/// log(1 + exp(x)).
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Softplus(D d, V x) {
+  const V tail = hn::Log1p(d, hn::Exp(d, hn::Neg(hn::Abs(x))));
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Add(hn::Max(x, hn::Zero(d)), tail));
+}
+
+}  // namespace gdn::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard

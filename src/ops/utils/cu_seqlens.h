@@ -1,0 +1,18 @@
+// Boundaries of packed sequences.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace gdn {
+
+/// cu_seqlens [N + 1] (int32 or int64) as int64 in host memory: sequence n of the only batch row
+/// holds the tokens cu_seqlens[n] to cu_seqlens[n + 1], possibly none. Throws c10::ValueError
+/// unless B is 1 and the boundaries start at 0, never decrease and end at T.
+std::vector<int64_t> check_cu_seqlens(std::string_view op, const at::Tensor& cu_seqlens, int64_t B,
+                                      int64_t T);
+
+}  // namespace gdn
