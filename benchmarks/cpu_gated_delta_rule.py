@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""The gated delta rule on the CPU, beside the PyTorch code that transformers falls back to.
+
+Checks our results first, then times both in turns within one run, and prints medians, spread and
+ratios. Shape: B 1, T 2048, H/HV 16/32, K = V = 128 unless given.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import transformers
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+
+def make_inputs(args, dtype, tokens):
+    """q, k L2-normalised, g = logsigmoid(randn) / 16, beta = sigmoid(randn), a state of unit scale."""
+    torch.manual_seed(0)
+    normal = torch.randn
+    q = torch.nn.functional.normalize(normal(1, tokens, args.key_heads, args.head_dim), dim=-1)
+    k = torch.nn.functional.normalize(normal(1, tokens, args.key_heads, args.head_dim), dim=-1)
+    v = normal(1, tokens, args.value_heads, args.head_dim)
+    g = torch.nn.functional.logsigmoid(normal(1, tokens, args.value_heads)) / 16
+    beta = torch.sigmoid(normal(1, tokens, args.value_heads))
+    state = normal(1, args.value_heads, args.head_dim, args.head_dim)
+    return [q.to(dtype), k.to(dtype), v.to(dtype), g, beta.to(dtype)], state
+
+
+def ours(op, inputs, state, **options):
+    return op(*inputs, initial_state=state, output_final_state=True, **options)
+
+
+def theirs(function, inputs, state):
+    return function(*inputs, initial_state=state, output_final_state=True)
+
+
+def relative_error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def check(name, inputs, state, run_ours, run_theirs):
+    """Stops unless our error against fp64 is at most twice theirs."""
+    exact = theirs(
+        torch_recurrent_gated_delta_rule, [x.double() for x in inputs], state.double()
+    )
+    mine, other = run_ours(), run_theirs()
+    for part, a, b, want in zip(("output", "state"), mine, other, exact):
+        ours_error, their_error = relative_error(a, want), relative_error(b, want)
+        print(f"  {name} {part}: error against fp64 {ours_error:.1e} (transformers {their_error:.1e})")
+        if not ours_error <= 2 * their_error + 1e-7:
+            sys.exit(f"wrong result: {name} {part}")
+
+
+def time_in_turns(functions, repeats):
+    """Medians and spreads in ms, the functions called in turns."""
+    times = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, mine in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            mine.append((time.perf_counter() - start) * 1e3)
+    return [(statistics.median(t), min(t), max(t)) for t in times]
+
+
+def report(name, functions, repeats):
+    (mine, low, high), (other, other_low, other_high) = time_in_turns(functions, repeats)
+    print(
+        f"| {name} | {mine:.3f} ({low:.3f} to {high:.3f}) | "
+        f"{other:.3f} ({other_low:.3f} to {other_high:.3f}) | {other / mine:.1f} |",
+        flush=True,
+    )
+
+
+def training_step(function, inputs, state):
+    """Forward and backward of a sum that every output enters."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output, final_state = function(leaves, state)
+    (output.float().square().mean() + final_state.square().mean()).backward()
+    return leaves
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--library", default="build/release/lib/libgdn_ops.so")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--key-heads", type=int, default=16)
+    parser.add_argument("--value-heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=128, help="K and V")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.ops.load_library(args.library)
+    chunk = torch.ops.gdn.chunk_gated_delta_rule
+    recurrent = torch.ops.gdn.fused_recurrent_gated_delta_rule
+
+    with open("/proc/cpuinfo") as cpuinfo:
+        models = {line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")}
+    print(f"{', '.join(models) or platform.processor()}, {args.threads} threads; "
+          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"B 1, T {args.tokens}, H/HV {args.key_heads}/{args.value_heads}, K = V = {args.head_dim}")
+
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, state = make_inputs(args, dtype, args.tokens)
+        step_inputs, _ = make_inputs(args, dtype, 1)
+        name = str(dtype).removeprefix("torch.")
+        check(
+            f"{name} chunked", inputs, state,
+            lambda: ours(chunk, inputs, state),
+            lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
+        )
+        print("| case | ours, ms: median (range) | transformers | ratio |\n| --- | --- | --- | --- |")
+        with torch.no_grad():
+            report(f"{name} forward", [
+                lambda: ours(chunk, inputs, state),
+                lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
+            ], args.repeats)
+        report(f"{name} forward + backward", [
+            lambda: training_step(lambda x, s: ours(chunk, x, s), inputs, state),
+            lambda: training_step(
+                lambda x, s: theirs(torch_chunk_gated_delta_rule, x, s), inputs, state
+            ),
+        ], args.repeats)
+        with torch.no_grad():
+            report(f"{name} decode step", [
+                lambda: ours(recurrent, step_inputs, state),
+                lambda: theirs(torch_recurrent_gated_delta_rule, step_inputs, state),
+            ], 50 * args.repeats)
+
+
+if __name__ == "__main__":
+    main()

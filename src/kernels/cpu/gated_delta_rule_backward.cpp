@@ -1,0 +1,294 @@
+// Chunked backward of the gated delta rule. Given dO and dS', the gradient of the chunk's end
+// state, with G, U^, U, D, b as in the forward and P = scale lower(Q K^T) o D:
+//
+//   dU = P^T dO + diag(exp(b_C - b)) K dS'        Z + G^T diag(beta) Z = dU        dV = diag(beta)
+//   Z dP = scale lower(dO U^T) o D                  dG = -strict_lower(dV U^T) o D dQ = scale
+//   diag(exp b) dO S^T + dP K dK = dG K - diag(exp b) dV S^T                (k as the reader of the
+//   state)
+//      + dP^T Q + dG^T K + diag(exp(b_C - b)) U dS'^T          (k as its writer)
+//   dbeta_i = Z_i . U^_i
+//   db_i = q_i . dQ_i + k_i . (dK as reader)_i - k_i . (dK as writer)_i,   db_C += <dS', S'>
+//   dg_t = sum of db_i over i >= t in the chunk
+//   dS = exp(b_C) dS' + scale (diag(exp b) Q)^T dO - (diag(exp b) K)^T dV
+//
+// Each factor exp(b_i - b_j) in the forward joins a reader at token i with a writer at token j, and
+// is linear in both: so the gradient of b is a difference of row sums, and needs no C x C products.
+//
+// The states are replayed a segment at a time from those that the forward kept. Work is spread over
+// (sequence, key head): the value heads of a group add up dQ and dK in a fixed order.
+
+#include <gdn/kernels/cpu/gated_delta_rule.h>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "gdn/kernels/cpu/gated_delta_rule_backward.cpp"
+#include <vector>
+
+#include <hwy/foreach_target.h>  // IWYU pragma: keep
+
+#include <gdn/kernels/cpu/gated_delta_rule_tiles-inl.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn::kernels::cpu::HWY_NAMESPACE {
+
+/// Buffers for one key head at a time.
+struct BackwardWorkspace {
+  Workspace memory;
+  StateTiles tiles;
+  Tile q;                            // [C, K]
+  Tile P, d_P, d_G;                  // [C, C]
+  Tile d_o;                          // [C, V]
+  Tile d_u, d_v;                     // [C, V]
+  Tile uT;                           // [V, C]
+  Tile ST, d_ST;                     // [V, K]
+  Tile d_q, d_k_reader, d_k_writer;  // [C, K]
+  Tile d_q_sum, d_k_sum;             // [segment, K], over the value heads of the group
+  std::vector<Tile> d_S;             // [K, V], a value head each
+  std::vector<Tile> S;      // [K, V], the states at the chunks' starts, and the segment's end
+  std::vector<Tile> u_hat;  // [C, V], a chunk each
+  ChunkGates gates;
+
+  static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
+    const auto tile = &Workspace::tile_floats;
+    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + 3 * tile(C, C) + 3 * tile(C, V) +
+           tile(V, C) + 2 * tile(V, K) + 2 * tile(chunks * C, K) + group * tile(K, V) +
+           (chunks + 1) * tile(K, V) + chunks * tile(C, V);
+  }
+  BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
+      : memory(floats(C, K, V, group, chunks)),
+        tiles(memory, C, K, V),
+        q(memory.tile(C, K)),
+        P(memory.tile(C, C)),
+        d_P(memory.tile(C, C)),
+        d_G(memory.tile(C, C)),
+        d_o(memory.tile(C, V)),
+        d_u(memory.tile(C, V)),
+        d_v(memory.tile(C, V)),
+        uT(memory.tile(V, C)),
+        ST(memory.tile(V, K)),
+        d_ST(memory.tile(V, K)),
+        d_q(memory.tile(C, K)),
+        d_k_reader(memory.tile(C, K)),
+        d_k_writer(memory.tile(C, K)),
+        d_q_sum(memory.tile(chunks * C, K)),
+        d_k_sum(memory.tile(chunks * C, K)) {
+    for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
+    for (int64_t i = 0; i <= chunks; ++i) S.push_back(memory.tile(K, V));
+    for (int64_t i = 0; i < chunks; ++i) u_hat.push_back(memory.tile(C, V));
+  }
+};
+
+/// Where one chunk is: token t of the batch row, `tokens` of them, in `rows` rows of a tile.
+struct Chunk {
+  int64_t b, t, tokens, rows;
+};
+
+void load_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
+  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
+  load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
+             c.tokens, c.rows, w.gates);
+  load_tokens(p.k, p.dtype, c.b, c.t, h / (p.HV / p.H), c.tokens, c.rows, p.K, w.tiles.k);
+  if (p.qk_l2norm) l2_normalize(w.tiles.k, c.rows, p.K, rstd);
+  key_products(w.tiles, w.gates, c.rows, p.K);
+}
+
+void copy_rows(const Tile& from, int64_t rows, int64_t columns, const Tile& to) {
+  for (int64_t i = 0; i < rows; ++i) scale_row(1.0F, from.row(i), 0.0F, to.row(i), padded(columns));
+}
+
+/// Fills w.S and w.u_hat for the segment's chunks; w.S[0] holds the state at the segment's start.
+void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, int64_t h,
+            BackwardWorkspace& w) {
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    const Chunk& c = chunks[i];
+    load_chunk(p, c, h, w);
+    load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.tiles.v);
+    solve_chunk(w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
+    copy_rows(w.tiles.v, c.rows, p.V, w.u_hat[i]);
+    copy_rows(w.S[i], p.K, p.V, w.S[i + 1]);
+    update_state(w.tiles, w.gates, w.S[i + 1], c.rows, p.K, p.V);
+  }
+}
+
+/// d_g and d_beta of one chunk; `state_product` is <dS', S'>.
+void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                          const Tile& u_hat, float state_product, const BackwardWorkspace& w) {
+  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
+  float* d_g = static_cast<float*>(p.d_g) + gate;
+  float* d_beta = static_cast<float*>(p.d_beta) + gate;
+  double sum = state_product;
+  for (int64_t i = c.tokens - 1; i >= 0; --i) {
+    sum += dot(w.q.row(i), w.d_q.row(i), padded(p.K)) +
+           dot(w.tiles.k.row(i), w.d_k_reader.row(i), padded(p.K)) -
+           dot(w.tiles.k.row(i), w.d_k_writer.row(i), padded(p.K));
+    d_g[i * p.HV] = static_cast<float>(sum);
+    d_beta[i * p.HV] = dot(w.d_u.row(i), u_hat.row(i), padded(p.V));
+  }
+}
+
+/// One chunk in reverse: d_S is dS' and becomes dS; S and S_end are the states around the chunk;
+/// dQ and dK are added to rows [row, row + tokens) of the segment's sums.
+void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
+                   const Tile& S_end, const Tile& u_hat, const Tile& d_S, int64_t row,
+                   BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
+  const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
+  const StateTiles& t = w.tiles;
+  const ChunkGates& gates = w.gates;
+  load_chunk(p, c, h, w);
+  load_tokens(p.q, p.dtype, c.b, c.t, h / (p.HV / p.H), c.tokens, rows, K, w.q);
+  if (p.qk_l2norm) l2_normalize(w.q, rows, K, rstd);
+  load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, rows, V, w.d_o);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(w.q), t.kT, w.P);
+  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.P);
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(gates.beta[i], u_hat.row(i), 0.0F, t.u.row(i), Vp);
+  }
+  transpose(rows, Vp, t.u, w.uT);
+  transpose(Kp, Vp, S, w.ST);
+  transpose(Kp, Vp, d_S, w.d_ST);
+
+  // dU, then Z in its place, and dV.
+  matmul<Into::set>(rows, Vp, K, plain(t.k), d_S, w.d_u);
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(gates.to_end[i], w.d_u.row(i), 0.0F, w.d_u.row(i), Vp);
+  }
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
+  solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
+  store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
+
+  // Gradients of the two score matrices.
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
+  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.d_P);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
+  mask_with_decay(t.decay, rows, -1.0F, /*strict=*/true, w.d_G);
+
+  // dQ and both parts of dK.
+  matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q);
+  matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader);
+  matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer);
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(p.scale * gates.from_start[i], w.d_q.row(i), 0.0F, w.d_q.row(i), Kp);
+    scale_row(-gates.from_start[i], w.d_k_reader.row(i), 0.0F, w.d_k_reader.row(i), Kp);
+    scale_row(gates.to_end[i], w.d_k_writer.row(i), 0.0F, w.d_k_writer.row(i), Kp);
+  }
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_P), t.k, w.d_q);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_G), t.k, w.d_k_reader);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_P), w.q, w.d_k_writer);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_G), t.k, w.d_k_writer);
+
+  float state_product = 0.0F;
+  for (int64_t i = 0; i < K; ++i) state_product += dot(d_S.row(i), S_end.row(i), Vp);
+  store_gate_gradients(p, c, h, u_hat, state_product, w);
+  for (int64_t i = 0; i < c.tokens; ++i) {
+    scale_row(1.0F, w.d_q.row(i), 1.0F, w.d_q_sum.row(row + i), Kp);
+    scale_row(1.0F, w.d_k_reader.row(i), 1.0F, w.d_k_sum.row(row + i), Kp);
+    scale_row(1.0F, w.d_k_writer.row(i), 1.0F, w.d_k_sum.row(row + i), Kp);
+  }
+
+  // dS; q and k are not needed again.
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(p.scale * gates.from_start[i], w.q.row(i), 0.0F, w.q.row(i), Kp);
+    scale_row(gates.from_start[i], t.k.row(i), 0.0F, t.k.row(i), Kp);
+  }
+  matmul<Into::add>(Kp, Vp, rows, transposed(w.q), w.d_o, d_S, gates.whole);
+  matmul<Into::subtract>(Kp, Vp, rows, transposed(t.k), w.d_v, d_S);
+}
+
+/// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
+/// y = x r with r = (sum(x^2) + eps)^-1/2, dx = r (dy - y (y . dy)).
+void store_key_gradient(const GatedDeltaRuleBackward& p, const ConstView4& input,
+                        const MutableView4& output, const Chunk& c, int64_t key_head,
+                        const Tile& gradient, const Tile& scratch) {
+  if (p.qk_l2norm) {
+    HWY_ALIGN float rstd[kMaxChunk];
+    load_tokens(input, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, scratch);
+    l2_normalize(scratch, c.tokens, p.K, rstd);
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      const float along = dot(scratch.row(i), gradient.row(i), padded(p.K));
+      scale_row(-rstd[i] * along, scratch.row(i), rstd[i], gradient.row(i), padded(p.K));
+    }
+  }
+  store_tokens(output, p.dtype, c.b, c.t, key_head, c.tokens, p.K, gradient);
+}
+
+/// The chunks of one segment: `tokens` tokens from the token t of batch row b.
+std::vector<Chunk> chunks_of(int64_t b, int64_t t, int64_t tokens, int64_t chunk_size) {
+  std::vector<Chunk> chunks;
+  for (int64_t done = 0; done < tokens; done += chunk_size) {
+    const int64_t here = std::min(chunk_size, tokens - done);
+    chunks.push_back({b, t + done, here, padded(here)});
+  }
+  return chunks;
+}
+
+void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head,
+                    BackwardWorkspace& w) {
+  const Sequence seq = sequence(p, n);
+  const int64_t group = p.HV / p.H, state_size = p.K * p.V;
+  const auto* d_final = static_cast<const float*>(p.d_final_state);
+  for (int64_t i = 0; i < group; ++i) {
+    const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
+    load_state(d_final == nullptr ? nullptr : d_final + offset, p.K, p.V, p.state_v_first,
+               w.d_S[i]);
+  }
+
+  const int64_t segments = (seq.tokens + kSegmentTokens - 1) / kSegmentTokens;
+  for (int64_t segment = segments - 1; segment >= 0; --segment) {
+    const int64_t done = segment * kSegmentTokens;
+    const auto chunks = chunks_of(seq.b, seq.first_token + done,
+                                  std::min(kSegmentTokens, seq.tokens - done), p.chunk_size);
+    for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()) * p.chunk_size; ++i) {
+      std::memset(w.d_q_sum.row(i), 0, static_cast<size_t>(padded(p.K)) * sizeof(float));
+      std::memset(w.d_k_sum.row(i), 0, static_cast<size_t>(padded(p.K)) * sizeof(float));
+    }
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t h = key_head * group + i;
+      const int64_t state_index = (first_segment(p, n) + segment) * p.HV + h;
+      load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, w.S[0]);
+      replay(p, chunks, h, w);
+      for (size_t c = chunks.size(); c-- > 0;) {
+        reverse_chunk(p, chunks[c], h, w.S[c], w.S[c + 1], w.u_hat[c], w.d_S[i],
+                      static_cast<int64_t>(c) * p.chunk_size, w);
+      }
+    }
+    for (size_t c = 0; c < chunks.size(); ++c) {
+      const int64_t row = static_cast<int64_t>(c) * p.chunk_size;
+      store_key_gradient(p, p.q, p.d_q, chunks[c], key_head, {w.d_q_sum.row(row), w.d_q_sum.stride},
+                         w.q);
+      store_key_gradient(p, p.k, p.d_k, chunks[c], key_head, {w.d_k_sum.row(row), w.d_k_sum.stride},
+                         w.q);
+    }
+  }
+
+  auto* d_initial = static_cast<float*>(p.d_initial_state);
+  for (int64_t i = 0; d_initial != nullptr && i < group; ++i) {
+    const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
+    store_state(w.d_S[i], p.K, p.V, p.state_v_first, d_initial + offset);
+  }
+}
+
+void chunk_backward(const GatedDeltaRuleBackward& p) {
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).tokens);
+  const int64_t chunks = (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
+  p.parallel_for(p.N * p.H, [&](int64_t begin, int64_t end) {
+    BackwardWorkspace workspace(p.chunk_size, p.K, p.V, p.HV / p.H, chunks);
+    for (int64_t i = begin; i < end; ++i) backward_group(p, i / p.H, i % p.H, workspace);
+  });
+}
+
+}  // namespace gdn::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gdn::kernels::cpu {
+
+HWY_EXPORT(chunk_backward);
+
+void chunk_gated_delta_rule_backward(const GatedDeltaRuleBackward& p) {
+  HWY_DYNAMIC_DISPATCH(chunk_backward)(p);
+}
+
+}  // namespace gdn::kernels::cpu
+#endif
