@@ -61,7 +61,7 @@ install_system_packages() {
 # The system's CMake and ninja serve where they are new enough; PyPI has both.
 add_build_tools() {
   local version
-  version="$(cmake --version 2> /dev/null | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')"
+  version="$({ cmake --version 2> /dev/null || true; } | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')"
   [[ $(printf '%s\n' 3.25 "${version:-0}" | sort -V | head -n 1) == 3.25 ]] ||
     python+=('cmake>=3.25')
   command -v ninja > /dev/null || python+=(ninja)
