@@ -1,6 +1,8 @@
 // Gated delta rule on a CPU: SIMD through Highway, instruction set chosen at run time; fp32 inside.
 #pragma once
 
+#include <vector>
+
 #include <gdn/kernels/gated_delta_rule.h>
 
 namespace gdn::kernels::cpu {
@@ -17,5 +19,8 @@ void recurrent_gated_delta_rule(const GatedDeltaRuleForward& p);
 
 /// Name of the instruction set that these kernels run with on this machine, such as "AVX3".
 const char* instruction_set();
+
+/// Names of all that these kernels are compiled for, best first.
+std::vector<const char*> compiled_instruction_sets();
 
 }  // namespace gdn::kernels::cpu

@@ -118,5 +118,13 @@ const char* instruction_set() {
   return hwy::TargetName(usable & -usable);
 }
 
+std::vector<const char*> compiled_instruction_sets() {
+  std::vector<const char*> names;
+  for (int64_t rest = HWY_TARGETS; rest != 0; rest &= rest - 1) {
+    names.push_back(hwy::TargetName(rest & -rest));
+  }
+  return names;
+}
+
 }  // namespace gdn::kernels::cpu
 #endif
