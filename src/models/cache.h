@@ -1,4 +1,4 @@
-// What decoding carries from one call to the next: constant in size for GDN layers.
+// What a model carries from one call to the next: constant in size for Gated DeltaNet layers.
 #pragma once
 
 #include <cstdint>
@@ -6,20 +6,14 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace gdn {
+#include <gdn/layers/cache.h>
 
-/// The state of one layer. A GDN layer uses the first four tensors, an attention layer the last
-/// two; the others stay undefined.
-struct LayerCache {
-  at::Tensor recurrent_state;         ///< [B, HV, K, V] fp32
-  at::Tensor conv_q, conv_k, conv_v;  ///< [B, D, W - 1]; undefined without short convolution
-  at::Tensor attn_key, attn_value;    ///< [B, kv heads, tokens (at most the window), head dim]
-};
+namespace gdn {
 
 /// One LayerCache a layer. A default-constructed cache is empty, and the first forward fills it.
 struct Cache {
   std::vector<LayerCache> layers;
-  int64_t seen_tokens = 0;  ///< tokens of each row so far: the position of the next one
+  int64_t seen_tokens = 0;  ///< tokens of each row so far, padding included
 
   /// Bytes of all tensors in it.
   int64_t nbytes() const;

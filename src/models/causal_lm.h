@@ -44,6 +44,8 @@ class GatedDeltaNetForCausalLMImpl : public torch::nn::Module {
   CausalLMOutput forward(const CausalLMInput& input);
 
   const GatedDeltaNetConfig& config() const { return config_; }
+  /// Like torch's, save that A_log and dt_bias stay fp32: to(kBFloat16) is safe.
+  using torch::nn::Module::to;
   /// Recomputes each layer's activations in the backward instead of keeping them.
   void set_activation_checkpointing(bool on);
   int64_t parameter_count() const;

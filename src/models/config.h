@@ -40,7 +40,8 @@ struct GatedDeltaNetConfig {
   std::string hidden_act = "swish";
   int64_t num_hidden_layers = 21;
   double norm_eps = 1e-6;
-  std::optional<AttentionConfig> attn;
+  /// One for each kind of attention; in config.json null, an object, or a list of objects.
+  std::vector<AttentionConfig> attn;
   bool use_cache = true;
   std::optional<int64_t> pad_token_id;
   std::optional<int64_t> bos_token_id = 1;
@@ -50,14 +51,15 @@ struct GatedDeltaNetConfig {
   bool fuse_norm = true;
   bool fuse_swiglu = true;
   bool fuse_cross_entropy = true;
-  bool fuse_linear_cross_entropy = false;
+  bool fuse_linear_cross_entropy = false;  ///< excludes fuse_cross_entropy, as in fla
   int64_t vocab_size = 32000;
 
   int64_t value_heads() const { return num_v_heads.value_or(num_heads); }  ///< HV
   int64_t head_v_dim() const;                                              ///< V
   /// 256 * ceil(hidden_size * hidden_ratio * 2/3 / 256) unless intermediate_size is set.
   int64_t mlp_size() const;
-  bool is_attention_layer(int64_t layer) const;
+  /// The attention of a layer, or null for Gated DeltaNet.
+  const AttentionConfig* attention_of(int64_t layer) const;
 
   /// Throws std::invalid_argument that names the first field that cannot be, what is expected, and
   /// its value.

@@ -1,0 +1,24 @@
+#include <ATen/ATen.h>
+
+#include <gdn/modules/gated_mlp.h>
+#include <gdn/ops/common/swiglu.h>
+
+namespace gdn {
+
+GatedMLPImpl::GatedMLPImpl(const GatedMLPOptions& options) : options(options) { reset(); }
+
+void GatedMLPImpl::reset() {
+  const auto linear = [](int64_t in, int64_t out) {
+    return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false));
+  };
+  gate_proj = register_module("gate_proj", linear(options.hidden_size, options.intermediate_size));
+  up_proj = register_module("up_proj", linear(options.hidden_size, options.intermediate_size));
+  down_proj = register_module("down_proj", linear(options.intermediate_size, options.hidden_size));
+}
+
+at::Tensor GatedMLPImpl::forward(const at::Tensor& x) {
+  const at::Tensor gate = gate_proj(x), up = up_proj(x);
+  return down_proj(options.fuse_swiglu ? swiglu(gate, up) : at::silu(gate) * up);
+}
+
+}  // namespace gdn

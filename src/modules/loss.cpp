@@ -1,0 +1,39 @@
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+
+#include <gdn/modules/loss.h>
+#include <gdn/ops/common/cross_entropy.h>
+
+namespace gdn {
+
+at::Tensor next_token_targets(const at::Tensor& labels,
+                              const std::optional<at::Tensor>& cu_seqlens) {
+  const int64_t T = labels.size(1);
+  at::Tensor targets = at::full_like(labels, kIgnoreIndex);  // [B, T]
+  if (T == 0) return targets;
+  targets.narrow(1, 0, T - 1).copy_(labels.narrow(1, 1, T - 1));
+  if (cu_seqlens) {
+    const at::Tensor ends = cu_seqlens->to(labels.device(), at::kLong);
+    const at::Tensor last = ends.masked_select(ends > 0) - 1;  // an empty first sequence ends at 0
+    targets.index_fill_(1, last, kIgnoreIndex);
+  }
+  return targets;
+}
+
+at::Tensor token_cross_entropy(const at::Tensor& logits, const at::Tensor& targets, bool fused) {
+  if (fused) return cross_entropy(logits, targets);
+  return at::cross_entropy_loss(logits.to(at::kFloat), targets, {}, at::Reduction::Mean,
+                                kIgnoreIndex);
+}
+
+at::Tensor token_linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
+                                      const at::Tensor& targets) {
+  const auto device = hidden.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) {
+    return linear_cross_entropy(hidden, weight, targets);
+  }
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets);
+}
+
+}  // namespace gdn
