@@ -24,7 +24,7 @@ struct GatedDeltaRuleProblem {
   int64_t B = 0, T = 0, H = 0, HV = 0, K = 0, V = 0, N = 0;
   int64_t chunk_size = 64;              // C; 16, 32, 64 or 128
   DType dtype = DType::f32;             // of q, k, v, o and their gradients
-  float scale = 1.0F;                   // of o; the caller resolves the default K^-1/2
+  double scale = 1.0;                   // of o; the caller resolves the default K^-1/2
   bool qk_l2norm = false;               // q, k <- x * rsqrt(sum(x^2) + 1e-6), in fp32
   bool state_v_first = false;           // states are [N, HV, V, K] instead of [N, HV, K, V]
   const int64_t* cu_seqlens = nullptr;  // [N + 1], host memory; null: N = B sequences of T tokens

@@ -9,7 +9,7 @@ namespace gdn {
 std::string describe(const at::Tensor& tensor) {
   if (!tensor.defined()) return "no tensor";
   std::ostringstream text;
-  text << c10::toString(tensor.scalar_type()) << " " << tensor.sizes() << " on " << tensor.device();
+  text << c10::toString(tensor.scalar_type()) << " " << tensor.sym_sizes() << " on " << tensor.device();
   return text.str();
 }
 
@@ -19,10 +19,10 @@ void reject(std::string_view op, std::string_view argument, std::string_view exp
 }
 
 void check_shape(std::string_view op, std::string_view argument, const at::Tensor& tensor,
-                 at::IntArrayRef sizes, std::string_view expected) {
+                 c10::SymIntArrayRef sizes, std::string_view expected) {
   bool fits = tensor.defined() && tensor.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) {
-    fits = sizes[i] == -1 || tensor.size(static_cast<int64_t>(i)) == sizes[i];
+    fits = sizes[i] == -1 || tensor.sym_size(static_cast<int64_t>(i)) == sizes[i];
   }
   if (!fits) {
     std::ostringstream text;

@@ -16,8 +16,8 @@ std::string describe(const at::Tensor& tensor);
                          std::string_view got);
 
 /// reject() with describe(tensor) unless its sizes are `sizes`; -1 stands for any size. `expected`
-/// names the dimensions, as in "[B, T, HV, V]".
+/// names the dimensions, as in "[B, T, HV, V]". Sizes may be symbolic, as under torch.compile.
 void check_shape(std::string_view op, std::string_view argument, const at::Tensor& tensor,
-                 at::IntArrayRef sizes, std::string_view expected);
+                 c10::SymIntArrayRef sizes, std::string_view expected);
 
 }  // namespace gdn

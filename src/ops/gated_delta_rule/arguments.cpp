@@ -1,0 +1,117 @@
+// Checks and shapes shared by all core operators.
+#include <array>
+#include <sstream>
+#include <string>
+
+#include <gdn/kernels/gated_delta_rule.h>
+#include <gdn/ops/gated_delta_rule/core.h>
+#include <gdn/ops/utils/check.h>
+
+namespace gdn {
+namespace {
+
+template <typename Value>
+std::string text(const Value& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+         dtype == at::kDouble;
+}
+
+void check_dtype(std::string_view op, std::string_view argument, const at::Tensor& tensor,
+                 at::ScalarType dtype, std::string_view why) {
+  if (tensor.scalar_type() != dtype) {
+    reject(op, argument, std::string(c10::toString(dtype)) + std::string(why), describe(tensor));
+  }
+}
+
+void check_device(std::string_view op, std::string_view argument, const at::Tensor& tensor,
+                  const at::Device& device) {
+  if (tensor.device() != device) {
+    reject(op, argument, "on " + device.str() + " like q", describe(tensor));
+  }
+}
+
+}  // namespace
+
+void check_arguments(std::string_view op, const CoreArguments& a) {
+  check_shape(op, "q", a.q, {-1, -1, -1, -1}, "[B, T, H, K]");
+  const c10::SymInt B = a.q.sym_size(0), T = a.q.sym_size(1), H = a.q.sym_size(2);
+  const c10::SymInt K = a.q.sym_size(3);
+  check_shape(op, "k", a.k, {B, T, H, K}, "[B, T, H, K]");
+  check_shape(op, "v", a.v, {B, T, -1, -1}, "[B, T, HV, V]");
+  const c10::SymInt HV = a.v.sym_size(2);
+  if (H < 1 || K < 1) reject(op, "q", "of at least one head and one element", describe(a.q));
+  if (HV < 1 || a.v.sym_size(3) < 1) {
+    reject(op, "v", "of at least one head and one element", describe(a.v));
+  }
+  if (HV % H != 0) {
+    reject(op, "v", "of a number of heads HV that is a multiple of q's H = " + text(H),
+           "HV = " + text(HV));
+  }
+  check_shape(op, "g", a.g, {B, T, HV}, "[B, T, HV]");
+  check_shape(op, "beta", a.beta, {B, T, HV}, "[B, T, HV]");
+
+  if (!is_supported(a.q.scalar_type())) {
+    reject(op, "q", "Float, BFloat16, Half or Double", describe(a.q));
+  }
+  check_dtype(op, "k", a.k, a.q.scalar_type(), " like q");
+  check_dtype(op, "v", a.v, a.q.scalar_type(), " like q");
+  if (!is_supported(a.g.scalar_type())) {
+    reject(op, "g", "Float, BFloat16, Half or Double", describe(a.g));
+  }
+  if (!is_supported(a.beta.scalar_type())) {
+    reject(op, "beta", "Float, BFloat16, Half or Double", describe(a.beta));
+  }
+  check_device(op, "k", a.k, a.q.device());
+  check_device(op, "v", a.v, a.q.device());
+  check_device(op, "g", a.g, a.q.device());
+  check_device(op, "beta", a.beta, a.q.device());
+
+  constexpr std::array<int64_t, 4> kChunkSizes = {16, 32, 64, 128};
+  if (std::find(kChunkSizes.begin(), kChunkSizes.end(), a.chunk_size) == kChunkSizes.end()) {
+    reject(op, "chunk_size", "16, 32, 64 or 128", std::to_string(a.chunk_size));
+  }
+  if (a.cu_seqlens) {
+    if (a.cu_seqlens->dim() != 1 || a.cu_seqlens->sym_size(0) < 2 ||
+        (a.cu_seqlens->scalar_type() != at::kLong && a.cu_seqlens->scalar_type() != at::kInt)) {
+      reject(op, "cu_seqlens", "Long or Int of shape [N + 1] with N >= 1", describe(*a.cu_seqlens));
+    }
+    if (!a.cu_seqlens->is_cpu()) check_device(op, "cu_seqlens", *a.cu_seqlens, a.q.device());
+    if (B != 1) {
+      reject(op, "cu_seqlens", "absent unless the batch size is 1", "batch size " + text(B));
+    }
+  }
+  if (a.initial_state) {
+    check_shape(op, a.state_name, *a.initial_state, state_sizes(a),
+                a.state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]");
+    check_dtype(op, a.state_name, *a.initial_state, gate_dtype(a.q.scalar_type()),
+                " (states are never stored in less)");
+    check_device(op, a.state_name, *a.initial_state, a.q.device());
+  }
+}
+
+c10::SymInt sequence_count(const CoreArguments& a) {
+  return a.cu_seqlens ? a.cu_seqlens->sym_size(0) - 1 : a.q.sym_size(0);
+}
+
+c10::SymDimVector state_sizes(const CoreArguments& a) {
+  const c10::SymInt K = a.q.sym_size(3);
+  const c10::SymInt V = a.v.sym_size(3);
+  if (a.state_v_first) return {sequence_count(a), a.v.sym_size(2), V, K};
+  return {sequence_count(a), a.v.sym_size(2), K, V};
+}
+
+c10::SymInt segment_capacity(const CoreArguments& a) {
+  constexpr int64_t kTokens = kernels::kSegmentTokens;
+  const c10::SymInt T = a.q.sym_size(1);
+  const c10::SymInt N = sequence_count(a);
+  if (a.cu_seqlens) return (T + N * (kTokens - 1)) / kTokens;
+  return N * ((T + (kTokens - 1)) / kTokens);
+}
+
+}  // namespace gdn

@@ -1,0 +1,123 @@
+// Autograd kernels of the core operators.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <gdn/ops/gated_delta_rule/core.h>
+#include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/check.h>
+
+namespace gdn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <typename... Tensors>
+bool needs_gradient(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
+/// The tensor as an optional argument: absent when undefined.
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+/// Keeps the inputs and the segment states for the backward, and nothing else.
+class GatedDeltaRuleFunction : public torch::autograd::Function<GatedDeltaRuleFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
+                               const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
+                               const std::optional<at::Tensor>& initial_state,
+                               const std::optional<at::Tensor>& cu_seqlens,
+                               std::optional<double> scale, bool use_qk_l2norm, bool state_v_first,
+                               int64_t chunk_size, bool recurrent, bool output_final_state) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [o, final_state, segment_states] = gated_delta_rule_forward(
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first,
+        chunk_size, recurrent, output_final_state, /*save_segment_states=*/!recurrent);
+    ctx->save_for_backward({q, k, v, g, beta, initial_state.value_or(at::Tensor()),
+                            cu_seqlens.value_or(at::Tensor()),
+                            recurrent ? at::Tensor() : segment_states});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["use_qk_l2norm"] = use_qk_l2norm;
+    ctx->saved_data["state_v_first"] = state_v_first;
+    ctx->saved_data["chunk_size"] = chunk_size;
+    ctx->set_materialize_grads(false);
+    if (output_final_state) {
+      ctx->mark_non_differentiable({segment_states});
+    } else {
+      ctx->mark_non_differentiable({final_state, segment_states});
+    }
+    return {o, final_state, segment_states};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& d_outputs) {
+    constexpr size_t kForwardArguments = 13;
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& v = saved[2];
+    const at::Tensor& initial_state = saved[5];
+    const at::Tensor d_o = d_outputs[0].defined() ? d_outputs[0] : at::zeros_like(v);
+    const auto& options = ctx->saved_data;
+    auto [d_q, d_k, d_v, d_g, d_beta, d_initial_state] = gated_delta_rule_backward(
+        d_o, optional(d_outputs[1]), saved[0], saved[1], v, saved[3], saved[4],
+        optional(initial_state), optional(saved[6]), optional(saved[7]),
+        options.at("scale").toOptional<double>(), options.at("use_qk_l2norm").toBool(),
+        options.at("state_v_first").toBool(), options.at("chunk_size").toInt());
+    variable_list gradients(kForwardArguments);
+    gradients[0] = d_q;
+    gradients[1] = d_k;
+    gradients[2] = d_v;
+    gradients[3] = d_g;
+    gradients[4] = d_beta;
+    if (initial_state.defined()) gradients[5] = d_initial_state;
+    return gradients;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_autograd(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+    const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale, bool use_qk_l2norm,
+    bool state_v_first, int64_t chunk_size, bool recurrent, bool output_final_state,
+    bool save_segment_states) {
+  if (!needs_gradient(q, k, v, g, beta, initial_state.value_or(at::Tensor()))) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return gated_delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale,
+                                    use_qk_l2norm, state_v_first, chunk_size, recurrent,
+                                    output_final_state, save_segment_states);
+  }
+  const variable_list results = GatedDeltaRuleFunction::apply(
+      q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first, chunk_size,
+      recurrent, output_final_state);
+  return {results[0], results[1], results[2]};
+}
+
+at::Tensor update_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& g, const at::Tensor& beta, at::Tensor& state,
+                           const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale,
+                           bool use_qk_l2norm, bool state_v_first) {
+  if (needs_gradient(q, k, v, g, beta, state)) {
+    reject("fused_recurrent_gated_delta_rule_update", "every tensor",
+           "without gradient (call it under no_grad, or use fused_recurrent_gated_delta_rule)",
+           "requires_grad");
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  return gated_delta_rule_update(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm,
+                                 state_v_first);
+}
+
+}  // namespace
+}  // namespace gdn
+
+TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
+  m.impl("gated_delta_rule_forward", gdn::forward_autograd);
+  m.impl("gated_delta_rule_update", gdn::update_autograd);
+  // A second derivative is refused when it is asked for.
+  m.impl("gated_delta_rule_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(gdn, ADInplaceOrView, m) {
+  m.impl("gated_delta_rule_update", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}

@@ -1,0 +1,251 @@
+// CPU kernels of the core operators: from tensors to the parameter structs of src/kernels.
+#include <cmath>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <gdn/ops/gated_delta_rule/core.h>
+#include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/cu_seqlens.h>
+#include <gdn/ops/utils/parallel.h>
+
+namespace gdn {
+namespace {
+
+constexpr std::string_view kOp = "gated_delta_rule";
+
+kernels::DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16:
+      return kernels::DType::bf16;
+    case at::kHalf:
+      return kernels::DType::f16;
+    case at::kDouble:
+      return kernels::DType::f64;
+    default:
+      return kernels::DType::f32;
+  }
+}
+
+/// The tensor itself where the kernels can walk it, else a copy.
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) == 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+kernels::ConstView4 const_view(const at::Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+kernels::MutableView4 mutable_view(const at::Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+/// The inputs as the kernels take them; owns whatever had to be copied.
+struct PreparedInputs {
+  at::Tensor q, k, v, g, beta;
+  at::Tensor initial_state;  // undefined when absent
+  std::vector<int64_t> cu_seqlens;
+  kernels::GatedDeltaRuleProblem problem;
+
+  explicit PreparedInputs(const CoreArguments& a)
+      : q(with_contiguous_rows(a.q)),
+        k(with_contiguous_rows(a.k)),
+        v(with_contiguous_rows(a.v)),
+        g(a.g.contiguous()),
+        beta(a.beta.contiguous()) {
+    problem.B = q.size(0);
+    problem.T = q.size(1);
+    problem.H = q.size(2);
+    problem.HV = v.size(2);
+    problem.K = q.size(3);
+    problem.V = v.size(3);
+    problem.N = problem.B;
+    if (a.cu_seqlens) {
+      cu_seqlens = check_cu_seqlens(kOp, *a.cu_seqlens, problem.B, problem.T);
+      problem.N = static_cast<int64_t>(cu_seqlens.size()) - 1;
+      problem.cu_seqlens = cu_seqlens.data();
+    }
+    if (a.initial_state) {
+      initial_state = a.initial_state->contiguous();
+      problem.initial_state = initial_state.const_data_ptr();
+    }
+    problem.chunk_size = a.chunk_size;
+    problem.dtype = kernel_dtype(q.scalar_type());
+    problem.scale = a.scale.value_or(1 / std::sqrt(static_cast<double>(problem.K)));
+    problem.qk_l2norm = a.use_qk_l2norm;
+    problem.state_v_first = a.state_v_first;
+    problem.q = const_view(q);
+    problem.k = const_view(k);
+    problem.v = const_view(v);
+    problem.g = g.const_data_ptr();
+    problem.beta = beta.const_data_ptr();
+    problem.parallel_for = torch_parallel_for;
+  }
+  PreparedInputs(const PreparedInputs&) = delete;
+  PreparedInputs& operator=(const PreparedInputs&) = delete;
+
+  at::TensorOptions gate_options() const { return g.options(); }
+
+  /// The parameters of a pass over these inputs, its own fields still empty.
+  template <typename Parameters>
+  Parameters parameters() const {
+    Parameters p;
+    static_cast<kernels::GatedDeltaRuleProblem&>(p) = problem;
+    return p;
+  }
+};
+
+/// check_arguments(), and the promise of the core operators that the gates are already computed.
+void check_core_arguments(const CoreArguments& a) {
+  check_arguments(kOp, a);
+  const at::ScalarType dtype = gate_dtype(a.q.scalar_type());
+  if (a.g.scalar_type() != dtype) reject(kOp, "g", c10::toString(dtype), describe(a.g));
+  if (a.beta.scalar_type() != dtype) reject(kOp, "beta", c10::toString(dtype), describe(a.beta));
+}
+
+void run_forward(GatedDeltaRulePass pass, at::ScalarType dtype,
+                 const kernels::GatedDeltaRuleForward& p) {
+  const KernelChoice choice = choose_kernel(pass, dtype);
+  log_choice(choice);
+  choice.forward(p);
+}
+
+/// Memory for the segment states, with zeros where none will be written.
+at::Tensor allocate_segment_states(const CoreArguments& a,
+                                   const kernels::GatedDeltaRuleProblem& p) {
+  const int64_t capacity = segment_capacity(a).expect_int();
+  const int64_t count = kernels::segment_count(p);
+  at::Tensor states = at::empty({capacity, p.HV, p.K, p.V}, a.v.options().dtype(at::kFloat));
+  states.narrow(0, count, capacity - count).zero_();
+  return states;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+    const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale, bool use_qk_l2norm,
+    bool state_v_first, int64_t chunk_size, bool recurrent, bool output_final_state,
+    bool save_segment_states) {
+  const CoreArguments a{
+      q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first, chunk_size};
+  check_core_arguments(a);
+  if (recurrent && save_segment_states) {
+    reject(kOp, "save_segment_states", "false for the recurrent form", "true");
+  }
+  const PreparedInputs inputs(a);
+  auto p = inputs.parameters<kernels::GatedDeltaRuleForward>();
+
+  const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
+  at::Tensor final_state = at::empty({0}, inputs.gate_options());
+  at::Tensor segment_states = at::empty({0}, v.options().dtype(at::kFloat));
+  p.o = mutable_view(o);
+  if (output_final_state) {
+    final_state = at::empty_symint(state_sizes(a), inputs.gate_options());
+    p.final_state = final_state.mutable_data_ptr();
+  }
+  if (save_segment_states && keeps_segment_states(q.scalar_type())) {
+    segment_states = allocate_segment_states(a, p);
+    p.segment_states = segment_states.mutable_data_ptr<float>();
+  }
+  run_forward(recurrent ? GatedDeltaRulePass::recurrent_forward : GatedDeltaRulePass::chunk_forward,
+              q.scalar_type(), p);
+  return {o, final_state, segment_states};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+    const at::Tensor& d_o, const std::optional<at::Tensor>& d_final_state, const at::Tensor& q,
+    const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
+    const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
+    const std::optional<at::Tensor>& segment_states, std::optional<double> scale,
+    bool use_qk_l2norm, bool state_v_first, int64_t chunk_size) {
+  const CoreArguments a{
+      q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first, chunk_size};
+  check_core_arguments(a);
+  check_shape(kOp, "d_o", d_o, v.sym_sizes(), "[B, T, HV, V]");
+  if (d_final_state) {
+    check_shape(kOp, "d_final_state", *d_final_state, state_sizes(a), "[N, HV, K, V]");
+  }
+  const PreparedInputs inputs(a);
+  auto p = inputs.parameters<kernels::GatedDeltaRuleBackward>();
+
+  at::Tensor states;
+  if (keeps_segment_states(q.scalar_type())) {
+    if (segment_states) {
+      const int64_t capacity = segment_capacity(a).expect_int();
+      check_shape(kOp, "segment_states", *segment_states, {capacity, p.HV, p.K, p.V},
+                  "[segments, HV, K, V]");
+      states = segment_states->contiguous();
+    } else {
+      states = allocate_segment_states(a, p);
+      auto replay = inputs.parameters<kernels::GatedDeltaRuleForward>();
+      replay.segment_states = states.mutable_data_ptr<float>();
+      run_forward(GatedDeltaRulePass::chunk_forward, q.scalar_type(), replay);
+    }
+    p.segment_states = states.const_data_ptr<float>();
+  }
+
+  const at::Tensor d_o_rows = with_contiguous_rows(d_o.to(v.scalar_type()));
+  p.d_o = const_view(d_o_rows);
+  at::Tensor d_final;
+  if (d_final_state) {
+    d_final = d_final_state->to(g.scalar_type()).contiguous();
+    p.d_final_state = d_final.const_data_ptr();
+  }
+  const at::Tensor d_q = at::empty(q.sizes(), q.options());
+  const at::Tensor d_k = at::empty(k.sizes(), k.options());
+  const at::Tensor d_v = at::empty(v.sizes(), v.options());
+  const at::Tensor d_g = at::empty(g.sizes(), g.options());
+  const at::Tensor d_beta = at::empty(beta.sizes(), beta.options());
+  const at::Tensor d_initial_state =
+      initial_state ? at::empty(initial_state->sizes(), g.options()) : at::empty({0}, g.options());
+  p.d_q = mutable_view(d_q);
+  p.d_k = mutable_view(d_k);
+  p.d_v = mutable_view(d_v);
+  p.d_g = d_g.mutable_data_ptr();
+  p.d_beta = d_beta.mutable_data_ptr();
+  if (initial_state) p.d_initial_state = d_initial_state.mutable_data_ptr();
+
+  const KernelChoice choice = choose_kernel(GatedDeltaRulePass::backward, q.scalar_type());
+  log_choice(choice);
+  choice.backward(p);
+  return {d_q, d_k, d_v, d_g, d_beta, d_initial_state};
+}
+
+at::Tensor update_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const at::Tensor& g, const at::Tensor& beta, at::Tensor& state,
+                      const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale,
+                      bool use_qk_l2norm, bool state_v_first) {
+  const std::optional<at::Tensor> initial_state = state;
+  const CoreArguments a{q,
+                        k,
+                        v,
+                        g,
+                        beta,
+                        initial_state,
+                        cu_seqlens,
+                        scale,
+                        use_qk_l2norm,
+                        state_v_first,
+                        /*chunk_size=*/64,
+                        "state"};
+  check_core_arguments(a);
+  const PreparedInputs inputs(a);
+  auto p = inputs.parameters<kernels::GatedDeltaRuleForward>();
+  const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
+  p.o = mutable_view(o);
+  p.final_state = inputs.initial_state.mutable_data_ptr();
+  run_forward(GatedDeltaRulePass::recurrent_forward, q.scalar_type(), p);
+  if (!inputs.initial_state.is_same(state)) state.copy_(inputs.initial_state);
+  return o;
+}
+
+}  // namespace
+}  // namespace gdn
+
+TORCH_LIBRARY_IMPL(gdn, CPU, m) {
+  m.impl("gated_delta_rule_forward", gdn::forward_cpu);
+  m.impl("gated_delta_rule_backward", gdn::backward_cpu);
+  m.impl("gated_delta_rule_update", gdn::update_cpu);
+}
