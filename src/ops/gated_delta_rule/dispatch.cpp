@@ -3,41 +3,52 @@
 
 #include <c10/util/Logging.h>
 
+#include <gdn/kernels/cpu/gated_delta_rule.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
 
 namespace gdn {
 
-namespace {
-
-template <typename Real>
-KernelChoice reference_kernel(GatedDeltaRulePass pass, const std::string& real,
-                              std::string_view reason) {
+KernelChoice choose_kernel(GatedDeltaRulePass pass, c10::ScalarType dtype) {
+  namespace cpu = kernels::cpu;
   namespace reference = kernels::reference;
+  using Pass = GatedDeltaRulePass;
+  KernelChoice choice;
+  if (dtype == c10::kDouble) {
+    choice.reason = "only the reference computes in fp64, which is for gradient checks";
+    switch (pass) {
+      case Pass::chunk_forward:
+        choice.name = "reference::chunk_gated_delta_rule<double>";
+        choice.forward = reference::chunk_gated_delta_rule<double>;
+        break;
+      case Pass::recurrent_forward:
+        choice.name = "reference::recurrent_gated_delta_rule<double>";
+        choice.forward = reference::recurrent_gated_delta_rule<double>;
+        break;
+      case Pass::backward:
+        choice.name = "reference::chunk_gated_delta_rule_backward<double>";
+        choice.backward = reference::chunk_gated_delta_rule_backward<double>;
+        break;
+    }
+    return choice;
+  }
+  const std::string isa = std::string(" (") + cpu::instruction_set() + ")";
+  choice.reason = "SIMD kernels serve fp32, bf16 and fp16 on the CPU";
   switch (pass) {
-    case GatedDeltaRulePass::chunk_forward:
-      return {.name = "reference::chunk_gated_delta_rule<" + real + ">",
-              .reason = reason,
-              .forward = reference::chunk_gated_delta_rule<Real>};
-    case GatedDeltaRulePass::recurrent_forward:
-      return {.name = "reference::recurrent_gated_delta_rule<" + real + ">",
-              .reason = reason,
-              .forward = reference::recurrent_gated_delta_rule<Real>};
-    case GatedDeltaRulePass::backward:
+    case Pass::chunk_forward:
+      choice.name = "cpu::chunk_gated_delta_rule" + isa;
+      choice.forward = cpu::chunk_gated_delta_rule;
+      break;
+    case Pass::recurrent_forward:
+      choice.name = "cpu::recurrent_gated_delta_rule" + isa;
+      choice.forward = cpu::recurrent_gated_delta_rule;
+      break;
+    case Pass::backward:
+      choice.name = "cpu::chunk_gated_delta_rule_backward" + isa;
+      choice.backward = cpu::chunk_gated_delta_rule_backward;
       break;
   }
-  return {.name = "reference::chunk_gated_delta_rule_backward<" + real + ">",
-          .reason = reason,
-          .backward = reference::chunk_gated_delta_rule_backward<Real>};
-}
-
-}  // namespace
-
-KernelChoice choose_kernel(GatedDeltaRulePass pass, c10::ScalarType dtype) {
-  if (dtype == c10::kDouble) {
-    return reference_kernel<double>(pass, "double", "fp64 is for gradient checks");
-  }
-  return reference_kernel<float>(pass, "float", "no SIMD kernel is compiled in");
+  return choice;
 }
 
 void log_choice(const KernelChoice& choice) {
