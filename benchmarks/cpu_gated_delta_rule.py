@@ -20,7 +20,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 
 def make_inputs(args, dtype, tokens):
-    """q, k L2-normalised, g = logsigmoid(randn) / 16, beta = sigmoid(randn), a state of unit scale."""
+    """q, k L2-normalised, g = logsigmoid(randn) / 16, beta = sigmoid(randn), a unit-scale state."""
     torch.manual_seed(0)
     normal = torch.randn
     q = torch.nn.functional.normalize(normal(1, tokens, args.key_heads, args.head_dim), dim=-1)
@@ -46,13 +46,13 @@ def relative_error(got, want):
 
 def check(name, inputs, state, run_ours, run_theirs):
     """Stops unless our error against fp64 is at most twice theirs."""
-    exact = theirs(
-        torch_recurrent_gated_delta_rule, [x.double() for x in inputs], state.double()
-    )
+    exact = theirs(torch_recurrent_gated_delta_rule, [x.double() for x in inputs], state.double())
     mine, other = run_ours(), run_theirs()
     for part, a, b, want in zip(("output", "state"), mine, other, exact):
         ours_error, their_error = relative_error(a, want), relative_error(b, want)
-        print(f"  {name} {part}: error against fp64 {ours_error:.1e} (transformers {their_error:.1e})")
+        print(
+            f"  {name} {part}: error against fp64 {ours_error:.1e} (transformers {their_error:.1e})"
+        )
         if not ours_error <= 2 * their_error + 1e-7:
             sys.exit(f"wrong result: {name} {part}")
 
@@ -104,36 +104,56 @@ def main():
 
     with open("/proc/cpuinfo") as cpuinfo:
         models = {line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")}
-    print(f"{', '.join(models) or platform.processor()}, {args.threads} threads; "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"B 1, T {args.tokens}, H/HV {args.key_heads}/{args.value_heads}, K = V = {args.head_dim}")
+    print(
+        f"{', '.join(models) or platform.processor()}, {args.threads} threads; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    print(
+        f"B 1, T {args.tokens}, H/HV {args.key_heads}/{args.value_heads}, K = V = {args.head_dim}"
+    )
 
     for dtype in (torch.float32, torch.bfloat16):
         inputs, state = make_inputs(args, dtype, args.tokens)
         step_inputs, _ = make_inputs(args, dtype, 1)
         name = str(dtype).removeprefix("torch.")
         check(
-            f"{name} chunked", inputs, state,
+            f"{name} chunked",
+            inputs,
+            state,
             lambda: ours(chunk, inputs, state),
             lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
         )
-        print("| case | ours, ms: median (range) | transformers | ratio |\n| --- | --- | --- | --- |")
+        print(
+            "| case | ours, ms: median (range) | transformers | ratio |\n| --- | --- | --- | --- |"
+        )
         with torch.no_grad():
-            report(f"{name} forward", [
-                lambda: ours(chunk, inputs, state),
-                lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
-            ], args.repeats)
-        report(f"{name} forward + backward", [
-            lambda: training_step(lambda x, s: ours(chunk, x, s), inputs, state),
-            lambda: training_step(
-                lambda x, s: theirs(torch_chunk_gated_delta_rule, x, s), inputs, state
-            ),
-        ], args.repeats)
+            report(
+                f"{name} forward",
+                [
+                    lambda: ours(chunk, inputs, state),
+                    lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
+                ],
+                args.repeats,
+            )
+        report(
+            f"{name} forward + backward",
+            [
+                lambda: training_step(lambda x, s: ours(chunk, x, s), inputs, state),
+                lambda: training_step(
+                    lambda x, s: theirs(torch_chunk_gated_delta_rule, x, s), inputs, state
+                ),
+            ],
+            args.repeats,
+        )
         with torch.no_grad():
-            report(f"{name} decode step", [
-                lambda: ours(recurrent, step_inputs, state),
-                lambda: theirs(torch_recurrent_gated_delta_rule, step_inputs, state),
-            ], 50 * args.repeats)
+            report(
+                f"{name} decode step",
+                [
+                    lambda: ours(recurrent, step_inputs, state),
+                    lambda: theirs(torch_recurrent_gated_delta_rule, step_inputs, state),
+                ],
+                50 * args.repeats,
+            )
 
 
 if __name__ == "__main__":
