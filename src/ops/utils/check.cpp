@@ -9,7 +9,8 @@ namespace gdn {
 std::string describe(const at::Tensor& tensor) {
   if (!tensor.defined()) return "no tensor";
   std::ostringstream text;
-  text << c10::toString(tensor.scalar_type()) << " " << tensor.sym_sizes() << " on " << tensor.device();
+  text << c10::toString(tensor.scalar_type()) << " " << tensor.sym_sizes() << " on "
+       << tensor.device();
   return text.str();
 }
 
