@@ -7,12 +7,16 @@
 //   state)
 //      + dP^T Q + dG^T K + diag(exp(b_C - b)) U dS'^T          (k as its writer)
 //   dbeta_i = Z_i . U^_i
-//   db_i = q_i . dQ_i + k_i . (dK as reader)_i - k_i . (dK as writer)_i,   db_C += <dS', S'>
-//   dg_t = sum of db_i over i >= t in the chunk
 //   dS = exp(b_C) dS' + scale (diag(exp b) Q)^T dO - (diag(exp b) K)^T dV
 //
-// Each factor exp(b_i - b_j) in the forward joins a reader at token i with a writer at token j, and
-// is linear in both: so the gradient of b is a difference of row sums, and needs no C x C products.
+// The gradient of g_t sums over everything that decays across token t: what enters with the state
+// and is read at i >= t or leaves, what is written at j < t and is read at i >= t or leaves. With
+// X = (dO U^T) o P - (dV U^T) o G, and dQ, dK here without their products within the chunk:
+//
+//   dg_t = exp(b_C) <dS', S> + sum_{i >= t} (q_i . dQ_i + k_i . (dK as reader)_i)
+//        + sum_{j < t} k_j . (dK as writer)_j + sum_{j < t <= i} X_ij
+//
+// Summed like this nothing cancels, however strong the decay.
 //
 // The states are replayed a segment at a time from those that the forward kept. Work is spread over
 // (sequence, key head): the value heads of a group add up dQ and dK in a fixed order.
@@ -35,7 +39,7 @@ struct BackwardWorkspace {
   Workspace memory;
   StateTiles tiles;
   Tile q;                            // [C, K]
-  Tile P, d_P, d_G;                  // [C, C]
+  Tile P, d_P, d_G, X;               // [C, C]
   Tile d_o;                          // [C, V]
   Tile d_u, d_v;                     // [C, V]
   Tile uT;                           // [V, C]
@@ -43,15 +47,15 @@ struct BackwardWorkspace {
   Tile d_q, d_k_reader, d_k_writer;  // [C, K]
   Tile d_q_sum, d_k_sum;             // [segment, K], over the value heads of the group
   std::vector<Tile> d_S;             // [K, V], a value head each
-  std::vector<Tile> S;      // [K, V], the states at the chunks' starts, and the segment's end
-  std::vector<Tile> u_hat;  // [C, V], a chunk each
+  std::vector<Tile> S;               // [K, V], the states at the chunks' starts
+  std::vector<Tile> u_hat;           // [C, V], a chunk each
   ChunkGates gates;
 
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + 3 * tile(C, C) + 3 * tile(C, V) +
+    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + 4 * tile(C, C) + 3 * tile(C, V) +
            tile(V, C) + 2 * tile(V, K) + 2 * tile(chunks * C, K) + group * tile(K, V) +
-           (chunks + 1) * tile(K, V) + chunks * tile(C, V);
+           chunks * tile(K, V) + chunks * tile(C, V);
   }
   BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
       : memory(floats(C, K, V, group, chunks)),
@@ -60,6 +64,7 @@ struct BackwardWorkspace {
         P(memory.tile(C, C)),
         d_P(memory.tile(C, C)),
         d_G(memory.tile(C, C)),
+        X(memory.tile(C, C)),
         d_o(memory.tile(C, V)),
         d_u(memory.tile(C, V)),
         d_v(memory.tile(C, V)),
@@ -72,7 +77,7 @@ struct BackwardWorkspace {
         d_q_sum(memory.tile(chunks * C, K)),
         d_k_sum(memory.tile(chunks * C, K)) {
     for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
-    for (int64_t i = 0; i <= chunks; ++i) S.push_back(memory.tile(K, V));
+    for (int64_t i = 0; i < chunks; ++i) S.push_back(memory.tile(K, V));
     for (int64_t i = 0; i < chunks; ++i) u_hat.push_back(memory.tile(C, V));
   }
 };
@@ -105,32 +110,77 @@ void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, i
     load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.tiles.v);
     solve_chunk(w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
     copy_rows(w.tiles.v, c.rows, p.V, w.u_hat[i]);
+    if (i + 1 == chunks.size()) break;
     copy_rows(w.S[i], p.K, p.V, w.S[i + 1]);
     update_state(w.tiles, w.gates, w.S[i + 1], c.rows, p.K, p.V);
   }
 }
 
-/// d_g and d_beta of one chunk; `state_product` is <dS', S'>.
-void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
-                          const Tile& u_hat, float state_product, const BackwardWorkspace& w) {
-  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
-  float* d_g = static_cast<float*>(p.d_g) + gate;
-  float* d_beta = static_cast<float*>(p.d_beta) + gate;
-  double sum = state_product;
-  for (int64_t i = c.tokens - 1; i >= 0; --i) {
-    sum += dot(w.q.row(i), w.d_q.row(i), padded(p.K)) +
-           dot(w.tiles.k.row(i), w.d_k_reader.row(i), padded(p.K)) -
-           dot(w.tiles.k.row(i), w.d_k_writer.row(i), padded(p.K));
-    d_g[i * p.HV] = static_cast<float>(sum);
-    d_beta[i * p.HV] = dot(w.d_u.row(i), u_hat.row(i), padded(p.V));
+/// X = (dO U^T) o P - (dV U^T) o G below the diagonal, 0 elsewhere.
+void pair_products(const Tile& P, const Tile& G, const Tile& d_o_u, const Tile& d_v_u, int64_t rows,
+                   const Tile& X) {
+  const F32 d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < rows; j += lanes) {
+      const auto read = hn::Mul(hn::Load(d, d_o_u.row(i) + j), hn::Load(d, P.row(i) + j));
+      const auto x = hn::NegMulAdd(hn::Load(d, d_v_u.row(i) + j), hn::Load(d, G.row(i) + j), read);
+      const int64_t below = std::clamp<int64_t>(i - j, 0, lanes);
+      hn::Store(hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(below)), x), d, X.row(i) + j);
+    }
   }
 }
 
-/// One chunk in reverse: d_S is dS' and becomes dS; S and S_end are the states around the chunk;
-/// dQ and dK are added to rows [row, row + tokens) of the segment's sums.
+/// crossing[t] = sum_{j < t <= i} X_ij. X is strictly lower; it is overwritten.
+void crossing_sums(const Tile& X, int64_t rows, float* crossing) {
+  const F32 d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t t = rows - 1; t >= 0; --t) {
+    auto sum = hn::Zero(d);
+    for (int64_t j = 0; j < rows; j += lanes) {
+      // Row t becomes the column sums over the rows from t on; columns from t on are not asked for.
+      auto column = hn::Load(d, X.row(t) + j);
+      if (t + 1 < rows) column = hn::Add(column, hn::Load(d, X.row(t + 1) + j));
+      hn::Store(column, d, X.row(t) + j);
+      const int64_t before = std::clamp<int64_t>(t - j, 0, lanes);
+      sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(before)), column));
+    }
+    crossing[t] = hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+}
+
+/// Products of one chunk's tokens with the states around it, a term of d_g each.
+struct StateProducts {
+  double through;                       // exp(b_C) <dS', S>
+  float read[kMaxChunk];                // q_i . dQ_i + k_i . (dK as reader)_i
+  float written[kMaxChunk];             // k_j . (dK as writer)_j
+  HWY_ALIGN float crossing[kMaxChunk];  // within the chunk
+};
+
+void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                          const Tile& u_hat, const StateProducts& products,
+                          const BackwardWorkspace& w) {
+  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
+  float* d_g = static_cast<float*>(p.d_g) + gate;
+  float* d_beta = static_cast<float*>(p.d_beta) + gate;
+  double written_before[kMaxChunk];
+  double written = 0.0, read = 0.0;
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    written_before[t] = written;
+    written += products.written[t];
+  }
+  for (int64_t t = c.tokens - 1; t >= 0; --t) {
+    read += products.read[t];
+    d_g[t * p.HV] =
+        static_cast<float>(products.through + read + written_before[t] + products.crossing[t]);
+    d_beta[t * p.HV] = dot(w.d_u.row(t), u_hat.row(t), padded(p.V));
+  }
+}
+
+/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start; dQ and dK
+/// are added to rows [row, row + tokens) of the segment's sums.
 void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
-                   const Tile& S_end, const Tile& u_hat, const Tile& d_S, int64_t row,
-                   BackwardWorkspace& w) {
+                   const Tile& u_hat, const Tile& d_S, int64_t row, BackwardWorkspace& w) {
   HWY_ALIGN float rstd[kMaxChunk];
   const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
   const StateTiles& t = w.tiles;
@@ -157,13 +207,16 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
   solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
   store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
 
-  // Gradients of the two score matrices.
+  // Gradients of the two score matrices, and what the gates need of them.
+  StateProducts products;
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
-  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.d_P);
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
+  pair_products(w.P, t.G, w.d_P, w.d_G, rows, w.X);
+  crossing_sums(w.X, rows, products.crossing);
+  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.d_P);
   mask_with_decay(t.decay, rows, -1.0F, /*strict=*/true, w.d_G);
 
-  // dQ and both parts of dK.
+  // dQ and both parts of dK: first the products with the states, then those within the chunk.
   matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q);
   matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader);
   matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer);
@@ -171,20 +224,25 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
     scale_row(p.scale * gates.from_start[i], w.d_q.row(i), 0.0F, w.d_q.row(i), Kp);
     scale_row(-gates.from_start[i], w.d_k_reader.row(i), 0.0F, w.d_k_reader.row(i), Kp);
     scale_row(gates.to_end[i], w.d_k_writer.row(i), 0.0F, w.d_k_writer.row(i), Kp);
+    products.read[i] = dot(w.q.row(i), w.d_q.row(i), Kp) + dot(t.k.row(i), w.d_k_reader.row(i), Kp);
+    products.written[i] = dot(t.k.row(i), w.d_k_writer.row(i), Kp);
   }
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_P), t.k, w.d_q);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_G), t.k, w.d_k_reader);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_P), w.q, w.d_k_writer);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_G), t.k, w.d_k_writer);
+  products.through = 0.0;
+  for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), S.row(i), Vp);
+  products.through *= gates.whole;
+  store_gate_gradients(p, c, h, u_hat, products, w);
 
-  float state_product = 0.0F;
-  for (int64_t i = 0; i < K; ++i) state_product += dot(d_S.row(i), S_end.row(i), Vp);
-  store_gate_gradients(p, c, h, u_hat, state_product, w);
-  for (int64_t i = 0; i < c.tokens; ++i) {
-    scale_row(1.0F, w.d_q.row(i), 1.0F, w.d_q_sum.row(row + i), Kp);
-    scale_row(1.0F, w.d_k_reader.row(i), 1.0F, w.d_k_sum.row(row + i), Kp);
-    scale_row(1.0F, w.d_k_writer.row(i), 1.0F, w.d_k_sum.row(row + i), Kp);
+  const Tile d_q = {w.d_q_sum.row(row), w.d_q_sum.stride};
+  const Tile d_k = {w.d_k_sum.row(row), w.d_k_sum.stride};
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(1.0F, w.d_q.row(i), 1.0F, d_q.row(i), Kp);
+    scale_row(1.0F, w.d_k_reader.row(i), 1.0F, d_k.row(i), Kp);
+    scale_row(1.0F, w.d_k_writer.row(i), 1.0F, d_k.row(i), Kp);
   }
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_P), t.k, d_q);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_G), t.k, d_k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_P), w.q, d_k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_G), t.k, d_k);
 
   // dS; q and k are not needed again.
   for (int64_t i = 0; i < rows; ++i) {
@@ -248,7 +306,7 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
       load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, w.S[0]);
       replay(p, chunks, h, w);
       for (size_t c = chunks.size(); c-- > 0;) {
-        reverse_chunk(p, chunks[c], h, w.S[c], w.S[c + 1], w.u_hat[c], w.d_S[i],
+        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i],
                       static_cast<int64_t>(c) * p.chunk_size, w);
       }
     }
