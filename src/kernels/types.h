@@ -22,6 +22,25 @@ struct View4 {
 using ConstView4 = View4<const void>;
 using MutableView4 = View4<void>;
 
+/// A [B, T, D] tensor in memory. The last dimension is contiguous; strides count elements.
+template <typename Void>
+struct View3 {
+  Void* data = nullptr;
+  int64_t stride_b = 0;
+  int64_t stride_t = 0;
+};
+using ConstView3 = View3<const void>;
+using MutableView3 = View3<void>;
+
+/// An [M, D] tensor in memory. The last dimension is contiguous; the stride counts elements.
+template <typename Void>
+struct View2 {
+  Void* data = nullptr;
+  int64_t stride = 0;
+};
+using ConstView2 = View2<const void>;
+using MutableView2 = View2<void>;
+
 /// Reference to a callable that outlives the call it is passed to (std::function without the copy).
 template <typename Signature>
 class FunctionRef;

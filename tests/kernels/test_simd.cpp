@@ -22,25 +22,17 @@ namespace gdn::test::HWY_NAMESPACE {
 namespace simd = gdn::kernels::cpu::HWY_NAMESPACE;
 namespace hn = hwy::HWY_NAMESPACE;
 
-template <typename From, typename To>
-void convert_all(const From* from, To* to, int64_t n) {
-  const hn::ScalableTag<float> d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  for (int64_t i = 0; i < n; i += lanes) {
-    simd::StoreF32(d, simd::LoadF32(d, from + i, n - i), to + i, n - i);
-  }
-}
 void bf16_to_f32(const uint16_t* from, float* to, int64_t n) {
-  convert_all(reinterpret_cast<const hwy::bfloat16_t*>(from), to, n);
+  simd::ConvertElements(reinterpret_cast<const hwy::bfloat16_t*>(from), to, n);
 }
 void f16_to_f32(const uint16_t* from, float* to, int64_t n) {
-  convert_all(reinterpret_cast<const hwy::float16_t*>(from), to, n);
+  simd::ConvertElements(reinterpret_cast<const hwy::float16_t*>(from), to, n);
 }
 void f32_to_bf16(const float* from, uint16_t* to, int64_t n) {
-  convert_all(from, reinterpret_cast<hwy::bfloat16_t*>(to), n);
+  simd::ConvertElements(from, reinterpret_cast<hwy::bfloat16_t*>(to), n);
 }
 void f32_to_f16(const float* from, uint16_t* to, int64_t n) {
-  convert_all(from, reinterpret_cast<hwy::float16_t*>(to), n);
+  simd::ConvertElements(from, reinterpret_cast<hwy::float16_t*>(to), n);
 }
 
 // Writes exp, sigmoid, silu, its derivative and softplus of x to y[0..4].

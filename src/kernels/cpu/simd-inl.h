@@ -129,6 +129,16 @@ HWY_INLINE void StoreF32(D d, hn::Vec<D> v, T* p, int64_t n) {
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
+/// The n elements at `from` in the element type of `to`.
+template <typename From, typename To>
+void ConvertElements(const From* from, To* to, int64_t n) {
+  const hn::ScalableTag<float> d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t i = 0; i < n; i += lanes) {
+    StoreF32(d, LoadF32(d, from + i, n - i), to + i, n - i);
+  }
+}
+
 /// exp(x) for every x: hn::Exp is valid up to 104 only and turns NaN into 0.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V SafeExp(D d, V x) {

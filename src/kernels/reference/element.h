@@ -1,6 +1,7 @@
 // Elements of any dtype as real numbers, for the plain loops of the reference kernels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,6 +45,9 @@ inline uint16_t encode_float(double value, int exponent_bits, int mantissa_bits)
   return sign | static_cast<uint16_t>(std::min<int64_t>(bits, infinity));
 }
 
+/// The dtype of statistics, losses and parameter gradients that go with data of `dtype`.
+inline DType statistics_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
 /// Element `index` of the array of `dtype` at `data`.
 template <typename Real>
 Real load_element(const void* data, DType dtype, int64_t index) {
@@ -76,6 +80,27 @@ void store_element(void* data, DType dtype, int64_t index, Real value) {
       static_cast<uint16_t*>(data)[index] = encode_float(value, 5, 10);
       break;
   }
+}
+
+template <typename Real>
+Real sigmoid(Real x) {
+  return 1 / (1 + std::exp(-x));
+}
+
+template <typename Real>
+Real silu(Real x) {
+  return x * sigmoid(x);
+}
+
+template <typename Real>
+Real silu_gradient(Real x) {
+  const Real s = sigmoid(x);
+  return s * (1 + x * (1 - s));
+}
+
+template <typename Real>
+Real softplus(Real x) {
+  return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x)));
 }
 
 }  // namespace gdn::kernels::reference
