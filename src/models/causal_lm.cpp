@@ -1,0 +1,136 @@
+#include <algorithm>
+#include <string>
+
+#include <ATen/ATen.h>
+
+#include <gdn/layers/packing.h>
+#include <gdn/models/causal_lm.h>
+#include <gdn/models/gated_deltanet_model.h>
+#include <gdn/modules/loss.h>
+#include <gdn/ops/utils/check.h>
+
+namespace gdn {
+namespace {
+
+constexpr const char* kName = "GatedDeltaNetForCausalLM";
+
+void check_input(const CausalLMInput& input, const GatedDeltaNetConfig& config) {
+  const at::Tensor& ids = input.input_ids;
+  check_shape(kName, "input_ids", ids, {-1, -1}, "[B, T]");
+  if (ids.scalar_type() != at::kLong) reject(kName, "input_ids", "int64", describe(ids));
+  if (ids.is_cpu() && ids.numel() > 0) {  // on a device the look-up itself asserts
+    const auto [least, greatest] = at::aminmax(ids);
+    const int64_t low = least.item<int64_t>(), high = greatest.item<int64_t>();
+    if (low < 0 || high >= config.vocab_size) {
+      reject(kName, "input_ids",
+             "from 0 to vocab_size - 1 = " + std::to_string(config.vocab_size - 1),
+             std::to_string(low < 0 ? low : high));
+    }
+  }
+  if (input.labels) {
+    check_shape(kName, "labels", *input.labels, ids.sym_sizes(), "[B, T]");
+    if (input.labels->scalar_type() != at::kLong) {
+      reject(kName, "labels", "int64", describe(*input.labels));
+    }
+  }
+  if (input.logits_to_keep < 0) {
+    reject(kName, "logits_to_keep", "0 or more", std::to_string(input.logits_to_keep));
+  }
+  if (input.cu_seqlens && input.attention_mask) {
+    reject(kName, "attention_mask", "absent with cu_seqlens", "both");
+  }
+  if (input.cu_seqlens && input.cache != nullptr) {
+    reject(kName, "cache", "absent with cu_seqlens", "both");
+  }
+  if (input.cache != nullptr && !input.cache->layers.empty() &&
+      static_cast<int64_t>(input.cache->layers.size()) != config.num_hidden_layers) {
+    reject(kName, "cache", "empty or of " + std::to_string(config.num_hidden_layers) + " layers",
+           std::to_string(input.cache->layers.size()) + " layers");
+  }
+}
+
+}  // namespace
+
+GatedDeltaNetForCausalLMImpl::GatedDeltaNetForCausalLMImpl(const GatedDeltaNetConfig& config)
+    : config_(config) {
+  config.validate();
+  model_ = register_module("model", std::make_shared<GatedDeltaNetModelImpl>(config));
+  if (!config.tie_word_embeddings) {
+    lm_head_ = register_module(
+        "lm_head",
+        torch::nn::Linear(
+            torch::nn::LinearOptions(config.hidden_size, config.vocab_size).bias(false)));
+  }
+  init_weights();
+}
+
+void GatedDeltaNetForCausalLMImpl::init_weights() {
+  const torch::NoGradGuard no_grad;
+  const double deviation = config_.initializer_range;
+  for (const auto& module : modules()) {  // norms and gates have their values already
+    if (auto* linear = module->as<torch::nn::Linear>()) {
+      linear->weight.normal_(0.0, deviation);
+      if (linear->bias.defined()) linear->bias.zero_();
+    } else if (auto* embedding = module->as<torch::nn::Embedding>()) {
+      embedding->weight.normal_(0.0, deviation);
+    } else if (auto* convolution = module->as<ShortConvolution>()) {
+      convolution->weight.normal_(0.0, deviation);
+    }
+  }
+}
+
+CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input) {
+  check_input(input, config_);
+  const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
+  at::Tensor ids = input.input_ids, labels = input.labels.value_or(at::Tensor());
+  std::optional<at::Tensor> cu_seqlens;
+  if (input.cu_seqlens) cu_seqlens = checked_cu_seqlens(kName, *input.cu_seqlens, B, T);
+
+  // A padded batch is computed in packed form from here to the logits.
+  std::optional<Unpadding> padding;
+  if (input.attention_mask) padding = find_padding(kName, *input.attention_mask, B, T);
+  if (padding) {
+    cu_seqlens = padding->cu_seqlens;
+    ids = padding->unpad(ids);
+    if (labels.defined()) labels = padding->unpad(labels);
+  }
+
+  if (input.cache != nullptr) {
+    input.cache->layers.resize(config_.num_hidden_layers);
+    input.cache->seen_tokens += T;
+  }
+  at::Tensor hidden_states = model_->forward(
+      ids, cu_seqlens, input.cache != nullptr ? &input.cache->layers : nullptr);  // [B, T, hidden]
+  const at::Tensor head = lm_head_.is_empty() ? model_->embedding_weight() : lm_head_->weight;
+
+  CausalLMOutput output;
+  if (labels.defined()) {
+    const at::Tensor targets = next_token_targets(labels, cu_seqlens).flatten();
+    if (config_.fuse_linear_cross_entropy) {
+      output.loss = token_linear_cross_entropy(hidden_states.flatten(0, 1), head, targets);
+      return output;
+    }
+    output.logits = at::linear(hidden_states, head);  // [B, T, vocab]
+    output.loss =
+        token_cross_entropy(output.logits.flatten(0, 1), targets, config_.fuse_cross_entropy);
+  }
+  const int64_t kept = input.logits_to_keep > 0 ? std::min(input.logits_to_keep, T) : T;
+  const auto keep = [&](const at::Tensor& x) {
+    return (padding ? padding->repad(x) : x).narrow(1, T - kept, kept);
+  };
+  output.logits =
+      output.logits.defined() ? keep(output.logits) : at::linear(keep(hidden_states), head);
+  return output;
+}
+
+void GatedDeltaNetForCausalLMImpl::set_activation_checkpointing(bool on) {
+  model_->set_activation_checkpointing(on);
+}
+
+int64_t GatedDeltaNetForCausalLMImpl::parameter_count() const {
+  int64_t count = 0;
+  for (const at::Tensor& parameter : parameters()) count += parameter.numel();
+  return count;
+}
+
+}  // namespace gdn

@@ -1,0 +1,237 @@
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <regex>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+#include <ATen/ATen.h>
+#include <nlohmann/json.hpp>
+
+#include <gdn/models/atomic_file.h>
+#include <gdn/models/checkpoint.h>
+#include <gdn/models/safetensors.h>
+
+namespace gdn {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+constexpr const char* kConfigFile = "config.json";
+constexpr const char* kWeightsFile = "model.safetensors";
+constexpr const char* kIndexFile = "model.safetensors.index.json";
+constexpr const char* kHeadKey = "lm_head.weight";
+
+bool is_shard_name(const std::string& name) {
+  static const std::regex pattern(R"(model(-v\d+)?-\d{5}-of-\d{5}\.safetensors)");
+  return std::regex_match(name, pattern);
+}
+
+/// "model-00001-of-00003.safetensors"; a version keeps the shards of an earlier save untouched.
+std::string shard_name(int version, size_t index, size_t count) {
+  const std::string infix = version == 0 ? "" : "-v" + std::to_string(version);
+  char numbers[32];
+  std::snprintf(numbers, sizeof numbers, "-%05zu-of-%05zu", index + 1, count);
+  return "model" + infix + numbers + ".safetensors";
+}
+
+std::vector<NamedTensors> split_into_shards(const NamedTensors& tensors, int64_t max_bytes) {
+  std::vector<NamedTensors> shards(1);
+  int64_t bytes = 0;
+  for (const auto& named : tensors) {
+    const auto size = static_cast<int64_t>(named.second.nbytes());
+    if (!shards.back().empty() && bytes + size > max_bytes) {
+      shards.emplace_back();
+      bytes = 0;
+    }
+    shards.back().push_back(named);
+    bytes += size;
+  }
+  return shards;
+}
+
+void write_json(const fs::path& file, const json& value) {
+  AtomicFile target(file);
+  target.write(value.dump(2) + "\n");
+  target.commit();
+}
+
+/// Removes shards of earlier saves, of which no index speaks any more.
+void remove_shards_except(const fs::path& folder, const std::set<std::string>& kept) {
+  std::vector<fs::path> stale;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (is_shard_name(name) && !kept.count(name)) stale.push_back(entry.path());
+  }
+  for (const fs::path& file : stale) fs::remove(file);
+}
+
+/// The renaming of the index is the moment at which the new weights take the place of the old.
+void save_shards(const fs::path& folder, const std::vector<NamedTensors>& shards) {
+  int version = 0;
+  const auto taken = [&] {
+    for (size_t i = 0; i < shards.size(); ++i) {
+      if (fs::exists(folder / shard_name(version, i, shards.size()))) return true;
+    }
+    return false;
+  };
+  while (taken()) ++version;
+
+  json index = {{"metadata", {{"total_size", int64_t{0}}}}, {"weight_map", json::object()}};
+  int64_t bytes = 0;
+  std::set<std::string> names;
+  for (size_t i = 0; i < shards.size(); ++i) {
+    const std::string name = shard_name(version, i, shards.size());
+    write_safetensors(folder / name, shards[i]);
+    names.insert(name);
+    for (const auto& [key, tensor] : shards[i]) {
+      index["weight_map"][key] = name;
+      bytes += static_cast<int64_t>(tensor.nbytes());
+    }
+  }
+  index["metadata"]["total_size"] = bytes;
+  write_json(folder / kIndexFile, index);
+  fs::remove(folder / kWeightsFile);
+  remove_shards_except(folder, names);
+}
+
+json read_json(const fs::path& file) {
+  std::ifstream stream(file);
+  if (!stream) throw std::runtime_error(file.string() + ": cannot be read");
+  try {
+    return json::parse(stream);
+  } catch (const json::exception& error) {
+    throw std::runtime_error(file.string() + ": not JSON: " + error.what());
+  }
+}
+
+/// A tensor of a checkpoint and the file that holds it.
+struct StoredTensor {
+  at::Tensor tensor;
+  fs::path file;
+};
+
+void add_file(const fs::path& file, std::map<std::string, StoredTensor>& weights) {
+  const SafetensorsFile stored(file);
+  for (const std::string& name : stored.names()) {
+    if (!weights.try_emplace(name, StoredTensor{stored.tensor(name), file}).second) {
+      throw std::runtime_error(file.string() + ": holds tensor \"" + name +
+                               "\", as another shard does");
+    }
+  }
+}
+
+/// The weights of a folder, and in `listed` the file that lists them, for messages.
+std::map<std::string, StoredTensor> read_weights(const fs::path& folder, fs::path& listed) {
+  std::map<std::string, StoredTensor> weights;
+  listed = folder / kWeightsFile;
+  if (fs::exists(listed)) {
+    add_file(listed, weights);
+    return weights;
+  }
+  if (!fs::exists(folder / kIndexFile)) {
+    throw std::runtime_error(folder.string() + ": holds neither " + kWeightsFile + " nor " +
+                             kIndexFile);
+  }
+  listed = folder / kIndexFile;
+  const json index = read_json(listed);
+  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
+    throw std::runtime_error(listed.string() + ": has no object weight_map");
+  }
+  std::set<std::string> shards;
+  for (const auto& [key, shard] : index["weight_map"].items()) {
+    const bool plain = shard.is_string() &&
+                       fs::path(shard.get<std::string>()).filename() == shard.get<std::string>();
+    if (!plain) {
+      throw std::runtime_error(listed.string() + ": weight_map must give \"" + key +
+                               "\" a file of this folder, got " + shard.dump());
+    }
+    shards.insert(shard.get<std::string>());
+  }
+  for (const std::string& shard : shards) add_file(folder / shard, weights);
+  for (const auto& [key, shard] : index["weight_map"].items()) {
+    const auto found = weights.find(key);
+    if (found == weights.end() || found->second.file.filename() != shard.get<std::string>()) {
+      throw std::runtime_error((folder / shard.get<std::string>()).string() +
+                               ": holds no tensor \"" + key + "\", as " + kIndexFile + " says");
+    }
+  }
+  return weights;
+}
+
+std::string shape_text(const at::Tensor& tensor) {
+  std::ostringstream text;
+  text << tensor.sizes();
+  return text.str();
+}
+
+/// A_log and dt_bias: gates lose too much in 16 bits.
+bool stays_wide(const std::string& key) {
+  return key.ends_with(".A_log") || key.ends_with(".dt_bias");
+}
+
+}  // namespace
+
+void save_pretrained(GatedDeltaNetForCausalLM& model, const fs::path& folder,
+                     int64_t max_shard_bytes) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (error) throw std::runtime_error(folder.string() + ": cannot be made: " + error.message());
+
+  NamedTensors tensors;
+  for (const auto& named : model->named_parameters()) {
+    tensors.emplace_back(named.key(), named.value());
+  }
+  json config = config_to_json(model->config());
+  config["dtype"] = c10::getDtypeNames(tensors.front().second.scalar_type()).first;
+  write_json(folder / kConfigFile, config);
+
+  const std::vector<NamedTensors> shards = split_into_shards(tensors, max_shard_bytes);
+  if (shards.size() > 1) return save_shards(folder, shards);
+  write_safetensors(folder / kWeightsFile, tensors);
+  fs::remove(folder / kIndexFile);
+  remove_shards_except(folder, {});
+}
+
+GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device device,
+                                         std::optional<c10::ScalarType> dtype) {
+  const GatedDeltaNetConfig config = read_config(folder / kConfigFile);
+  fs::path listed;
+  std::map<std::string, StoredTensor> weights = read_weights(folder, listed);
+  if (config.tie_word_embeddings) weights.erase(kHeadKey);  // some writers repeat the embeddings
+
+  GatedDeltaNetForCausalLM model(config);
+  for (auto& named : model->named_parameters()) {
+    const std::string& key = named.key();
+    const auto found = weights.find(key);
+    if (found == weights.end()) {
+      throw std::runtime_error(listed.string() + ": tensor \"" + key + "\" is missing");
+    }
+    const auto& [stored, file] = found->second;
+    if (stored.sizes() != named.value().sizes()) {
+      throw std::runtime_error(file.string() + ": tensor \"" + key + "\" must have shape " +
+                               shape_text(named.value()) + " for this config.json, got " +
+                               shape_text(stored));
+    }
+    if (!stored.is_floating_point()) {
+      throw std::runtime_error(file.string() + ": tensor \"" + key +
+                               "\" must be of floating-point numbers, got " +
+                               c10::toString(stored.scalar_type()));
+    }
+    auto type = dtype.value_or(stored.scalar_type());
+    if (stays_wide(key)) type = at::promote_types(type, at::kFloat);
+    named.value().set_data(stored.to(device, type, /*non_blocking=*/false, /*copy=*/true));
+    weights.erase(found);
+  }
+  if (!weights.empty()) {
+    throw std::runtime_error(weights.begin()->second.file.string() + ": tensor \"" +
+                             weights.begin()->first + "\" is not part of this model");
+  }
+  return model;
+}
+
+}  // namespace gdn

@@ -1,0 +1,76 @@
+#include <gdn/layers/recompute.h>
+#include <gdn/models/gated_deltanet_model.h>
+
+namespace gdn {
+
+GatedDeltaNetBlockImpl::GatedDeltaNetBlockImpl(const GatedDeltaNetConfig& config, int64_t layer) {
+  const RMSNormOptions norm{
+      .size = config.hidden_size, .eps = config.norm_eps, .fused = config.fuse_norm};
+  attn_norm_ = register_module("attn_norm", RMSNorm(norm));
+  if (const AttentionConfig* attn = config.attention_of(layer)) {
+    attention_ =
+        register_module("attn", Attention(AttentionOptions{.hidden_size = config.hidden_size,
+                                                           .num_heads = attn->num_heads,
+                                                           .num_kv_heads = attn->num_kv_heads,
+                                                           .qkv_bias = attn->qkv_bias,
+                                                           .qk_norm = attn->qk_norm,
+                                                           .window_size = attn->window_size,
+                                                           .rope_theta = attn->rope_theta}));
+  } else {
+    delta_net_ = register_module(
+        "attn", GatedDeltaNet(GatedDeltaNetOptions{.hidden_size = config.hidden_size,
+                                                   .expand_v = config.expand_v,
+                                                   .head_dim = config.head_dim,
+                                                   .num_heads = config.num_heads,
+                                                   .num_v_heads = config.num_v_heads,
+                                                   .mode = config.attn_mode,
+                                                   .use_gate = config.use_gate,
+                                                   .use_short_conv = config.use_short_conv,
+                                                   .allow_neg_eigval = config.allow_neg_eigval,
+                                                   .conv_size = config.conv_size,
+                                                   .norm_eps = config.norm_eps}));
+  }
+  mlp_norm_ = register_module("mlp_norm", RMSNorm(norm));
+  mlp_ = register_module("mlp", GatedMLP(GatedMLPOptions{.hidden_size = config.hidden_size,
+                                                         .intermediate_size = config.mlp_size(),
+                                                         .fuse_swiglu = config.fuse_swiglu}));
+}
+
+at::Tensor GatedDeltaNetBlockImpl::forward(const MixerInput& input) {
+  MixerInput mixer = input;
+  mixer.hidden_states = attn_norm_(input.hidden_states);
+  const at::Tensor hidden_states =
+      input.hidden_states + (attention_.is_empty() ? delta_net_(mixer) : attention_(mixer));
+  return hidden_states + mlp_(mlp_norm_(hidden_states));
+}
+
+GatedDeltaNetModelImpl::GatedDeltaNetModelImpl(const GatedDeltaNetConfig& config) {
+  embeddings_ =
+      register_module("embeddings", torch::nn::Embedding(config.vocab_size, config.hidden_size));
+  layers_ = register_module("layers", torch::nn::ModuleList());
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    layers_->push_back(GatedDeltaNetBlock(config, layer));
+  }
+  norm_ = register_module(
+      "norm", RMSNorm(RMSNormOptions{
+                  .size = config.hidden_size, .eps = config.norm_eps, .fused = config.fuse_norm}));
+}
+
+at::Tensor GatedDeltaNetModelImpl::forward(const at::Tensor& input_ids,
+                                           const std::optional<at::Tensor>& cu_seqlens,
+                                           std::vector<LayerCache>* caches) {
+  at::Tensor hidden_states = embeddings_(input_ids);  // [B, T, hidden_size]
+  for (size_t i = 0; i < layers_->size(); ++i) {
+    const auto layer = layers_->ptr<GatedDeltaNetBlockImpl>(i);
+    const auto run = [layer, cu_seqlens,
+                      cache = caches != nullptr ? &(*caches)[i] : nullptr](const at::Tensor& x) {
+      return layer->forward({.hidden_states = x, .cu_seqlens = cu_seqlens, .cache = cache});
+    };
+    const bool recompute = checkpointing_ && caches == nullptr;
+    hidden_states = recompute ? recompute_in_backward(run, hidden_states, layer->parameters())
+                              : run(hidden_states);
+  }
+  return norm_(hidden_states);
+}
+
+}  // namespace gdn
