@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <gdn/ops/gated_delta_rule/core.h>
@@ -103,9 +104,11 @@ at::Tensor update_autograd(const at::Tensor& q, const at::Tensor& k, const at::T
            "without gradient (call it under no_grad, or use fused_recurrent_gated_delta_rule)",
            "requires_grad");
   }
-  const at::AutoDispatchBelowAutograd guard;
-  return gated_delta_rule_update(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm,
-                                 state_v_first);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  at::Tensor o = gated_delta_rule_update(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm,
+                                         state_v_first);
+  torch::autograd::impl::bump_version(state);
+  return o;
 }
 
 }  // namespace
@@ -116,8 +119,4 @@ TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
   m.impl("gated_delta_rule_update", gdn::update_autograd);
   // A second derivative is refused when it is asked for.
   m.impl("gated_delta_rule_backward", torch::autograd::autogradNotImplementedFallback());
-}
-
-TORCH_LIBRARY_IMPL(gdn, ADInplaceOrView, m) {
-  m.impl("gated_delta_rule_update", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
