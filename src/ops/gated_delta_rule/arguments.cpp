@@ -6,6 +6,7 @@
 #include <gdn/kernels/gated_delta_rule.h>
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/cu_seqlens.h>
 
 namespace gdn {
 namespace {
@@ -77,18 +78,11 @@ void check_arguments(std::string_view op, const CoreArguments& a) {
     reject(op, "chunk_size", "16, 32, 64 or 128", std::to_string(a.chunk_size));
   }
   if (a.cu_seqlens) {
-    if (a.cu_seqlens->dim() != 1 || a.cu_seqlens->sym_size(0) < 2 ||
-        (a.cu_seqlens->scalar_type() != at::kLong && a.cu_seqlens->scalar_type() != at::kInt)) {
-      reject(op, "cu_seqlens", "Long or Int of shape [N + 1] with N >= 1", describe(*a.cu_seqlens));
-    }
+    check_cu_seqlens_shape(op, *a.cu_seqlens, B);
     if (!a.cu_seqlens->is_cpu()) check_device(op, "cu_seqlens", *a.cu_seqlens, a.q.device());
-    if (B != 1) {
-      reject(op, "cu_seqlens", "absent unless the batch size is 1", "batch size " + text(B));
-    }
   }
   if (a.initial_state) {
-    check_shape(op, a.state_name, *a.initial_state, state_sizes(a),
-                a.state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]");
+    check_shape(op, a.state_name, *a.initial_state, state_sizes(a), state_dimensions(a));
     check_dtype(op, a.state_name, *a.initial_state, gate_dtype(a.q.scalar_type()),
                 " (states are never stored in less)");
     check_device(op, a.state_name, *a.initial_state, a.q.device());

@@ -40,8 +40,11 @@ inline at::ScalarType gate_dtype(at::ScalarType dtype) {
 /// Number of sequences.
 c10::SymInt sequence_count(const CoreArguments& a);
 
-/// [N, HV, K, V], or [N, HV, V, K] with the V dimension first.
+/// [N, HV, K, V], or [N, HV, V, K] with the V dimension first; and how messages call it.
 c10::SymDimVector state_sizes(const CoreArguments& a);
+inline std::string_view state_dimensions(const CoreArguments& a) {
+  return a.state_v_first ? "[N, HV, V, K]" : "[N, HV, K, V]";
+}
 
 /// Room for the segment states, known from shapes alone: with cu_seqlens their number depends on
 /// the values, and the last ones of this many may be unused (they are zero).

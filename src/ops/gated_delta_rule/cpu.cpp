@@ -165,7 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   check_core_arguments(a);
   check_shape(kOp, "d_o", d_o, v.sym_sizes(), "[B, T, HV, V]");
   if (d_final_state) {
-    check_shape(kOp, "d_final_state", *d_final_state, state_sizes(a), "[N, HV, K, V]");
+    check_shape(kOp, "d_final_state", *d_final_state, state_sizes(a), state_dimensions(a));
   }
   const PreparedInputs inputs(a);
   auto p = inputs.parameters<kernels::GatedDeltaRuleBackward>();

@@ -9,6 +9,11 @@
 
 namespace gdn {
 
+/// Throws c10::ValueError unless cu_seqlens is int32 or int64 [N + 1] and B is 1. Reads no values,
+/// and sizes may be symbolic.
+void check_cu_seqlens_shape(std::string_view op, const at::Tensor& cu_seqlens,
+                            const c10::SymInt& B);
+
 /// cu_seqlens [N + 1] (int32 or int64) as int64 in host memory: sequence n of the only batch row
 /// holds the tokens cu_seqlens[n] to cu_seqlens[n + 1], possibly none. Throws c10::ValueError
 /// unless B is 1 and the boundaries start at 0, never decrease and end at T.
