@@ -7,6 +7,7 @@
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
+#include <gdn/ops/utils/views.h>
 
 namespace gdn {
 namespace {
@@ -16,11 +17,6 @@ std::string text(const Value& value) {
   std::ostringstream stream;
   stream << value;
   return stream.str();
-}
-
-bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
-         dtype == at::kDouble;
 }
 
 void check_dtype(std::string_view op, std::string_view argument, const at::Tensor& tensor,
@@ -57,17 +53,11 @@ void check_arguments(std::string_view op, const CoreArguments& a) {
   check_shape(op, "g", a.g, {B, T, HV}, "[B, T, HV]");
   check_shape(op, "beta", a.beta, {B, T, HV}, "[B, T, HV]");
 
-  if (!is_supported(a.q.scalar_type())) {
-    reject(op, "q", "Float, BFloat16, Half or Double", describe(a.q));
-  }
+  check_floating(op, "q", a.q);
   check_dtype(op, "k", a.k, a.q.scalar_type(), " like q");
   check_dtype(op, "v", a.v, a.q.scalar_type(), " like q");
-  if (!is_supported(a.g.scalar_type())) {
-    reject(op, "g", "Float, BFloat16, Half or Double", describe(a.g));
-  }
-  if (!is_supported(a.beta.scalar_type())) {
-    reject(op, "beta", "Float, BFloat16, Half or Double", describe(a.beta));
-  }
+  check_floating(op, "g", a.g);
+  check_floating(op, "beta", a.beta);
   check_device(op, "k", a.k, a.q.device());
   check_device(op, "v", a.v, a.q.device());
   check_device(op, "g", a.g, a.q.device());
@@ -83,7 +73,7 @@ void check_arguments(std::string_view op, const CoreArguments& a) {
   }
   if (a.initial_state) {
     check_shape(op, a.state_name, *a.initial_state, state_sizes(a), state_dimensions(a));
-    check_dtype(op, a.state_name, *a.initial_state, gate_dtype(a.q.scalar_type()),
+    check_dtype(op, a.state_name, *a.initial_state, statistics_dtype(a.q.scalar_type()),
                 " (states are never stored in less)");
     check_device(op, a.state_name, *a.initial_state, a.q.device());
   }

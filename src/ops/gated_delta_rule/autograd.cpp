@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include <gdn/ops/gated_delta_rule/core.h>
-#include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
 
 namespace gdn {
@@ -14,16 +14,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename... Tensors>
-bool needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
-/// The tensor as an optional argument: absent when undefined.
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
 
 /// Keeps the inputs and the segment states for the backward, and nothing else.
 class GatedDeltaRuleFunction : public torch::autograd::Function<GatedDeltaRuleFunction> {
@@ -38,8 +28,7 @@ class GatedDeltaRuleFunction : public torch::autograd::Function<GatedDeltaRuleFu
     auto [o, final_state, segment_states] = gated_delta_rule_forward(
         q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first,
         chunk_size, recurrent, output_final_state, /*save_segment_states=*/!recurrent);
-    ctx->save_for_backward({q, k, v, g, beta, initial_state.value_or(at::Tensor()),
-                            cu_seqlens.value_or(at::Tensor()),
+    ctx->save_for_backward({q, k, v, g, beta, saved(initial_state), saved(cu_seqlens),
                             recurrent ? at::Tensor() : segment_states});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["use_qk_l2norm"] = use_qk_l2norm;
@@ -56,14 +45,14 @@ class GatedDeltaRuleFunction : public torch::autograd::Function<GatedDeltaRuleFu
 
   static variable_list backward(AutogradContext* ctx, const variable_list& d_outputs) {
     constexpr size_t kForwardArguments = 13;
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor& v = saved[2];
-    const at::Tensor& initial_state = saved[5];
+    const variable_list inputs = ctx->get_saved_variables();
+    const at::Tensor& v = inputs[2];
+    const at::Tensor& initial_state = inputs[5];
     const at::Tensor d_o = d_outputs[0].defined() ? d_outputs[0] : at::zeros_like(v);
     const auto& options = ctx->saved_data;
     auto [d_q, d_k, d_v, d_g, d_beta, d_initial_state] = gated_delta_rule_backward(
-        d_o, optional(d_outputs[1]), saved[0], saved[1], v, saved[3], saved[4],
-        optional(initial_state), optional(saved[6]), optional(saved[7]),
+        d_o, restored(d_outputs[1]), inputs[0], inputs[1], v, inputs[3], inputs[4],
+        restored(initial_state), restored(inputs[6]), restored(inputs[7]),
         options.at("scale").toOptional<double>(), options.at("use_qk_l2norm").toBool(),
         options.at("state_v_first").toBool(), options.at("chunk_size").toInt());
     variable_list gradients(kForwardArguments);
@@ -83,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_autograd(
     const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale, bool use_qk_l2norm,
     bool state_v_first, int64_t chunk_size, bool recurrent, bool output_final_state,
     bool save_segment_states) {
-  if (!needs_gradient(q, k, v, g, beta, initial_state.value_or(at::Tensor()))) {
+  if (!needs_gradient(q, k, v, g, beta, initial_state)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return gated_delta_rule_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale,
                                     use_qk_l2norm, state_v_first, chunk_size, recurrent,

@@ -32,11 +32,6 @@ struct CoreArguments {
 /// fit together. Sizes may be symbolic; the values of cu_seqlens are not read.
 void check_arguments(std::string_view op, const CoreArguments& a);
 
-/// Element type of g, beta and the states for q, k and v of `dtype`.
-inline at::ScalarType gate_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// Number of sequences.
 c10::SymInt sequence_count(const CoreArguments& a);
 

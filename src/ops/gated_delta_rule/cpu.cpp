@@ -10,29 +10,12 @@
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
 #include <gdn/ops/utils/parallel.h>
+#include <gdn/ops/utils/views.h>
 
 namespace gdn {
 namespace {
 
 constexpr std::string_view kOp = "gated_delta_rule";
-
-kernels::DType kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kBFloat16:
-      return kernels::DType::bf16;
-    case at::kHalf:
-      return kernels::DType::f16;
-    case at::kDouble:
-      return kernels::DType::f64;
-    default:
-      return kernels::DType::f32;
-  }
-}
-
-/// The tensor itself where the kernels can walk it, else a copy.
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(-1) == 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
 
 kernels::ConstView4 const_view(const at::Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
@@ -100,7 +83,7 @@ struct PreparedInputs {
 /// check_arguments(), and the promise of the core operators that the gates are already computed.
 void check_core_arguments(const CoreArguments& a) {
   check_arguments(kOp, a);
-  const at::ScalarType dtype = gate_dtype(a.q.scalar_type());
+  const at::ScalarType dtype = statistics_dtype(a.q.scalar_type());
   if (a.g.scalar_type() != dtype) reject(kOp, "g", c10::toString(dtype), describe(a.g));
   if (a.beta.scalar_type() != dtype) reject(kOp, "beta", c10::toString(dtype), describe(a.beta));
 }

@@ -8,6 +8,7 @@
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/views.h>
 
 namespace gdn {
 namespace {
@@ -53,12 +54,11 @@ struct Gates {
 
 Gates compute_gates(const at::Tensor& g, const at::Tensor& beta, const GatedDeltaRuleOptions& o,
                     at::ScalarType dtype) {
-  Gates gates;
-  gates.g = o.use_gate_in_kernel
-                ? gated_delta_rule_gate(g, *o.A_log, o.dt_bias.value_or(at::zeros_like(*o.A_log)))
-                : g;
+  Gates gates{g, beta.to(dtype)};
+  if (o.use_gate_in_kernel) {
+    gates.g = gated_delta_rule_gate(g, *o.A_log, o.dt_bias ? *o.dt_bias : at::zeros_like(*o.A_log));
+  }
   gates.g = gates.g.to(dtype);
-  gates.beta = beta.to(dtype);
   if (o.use_beta_sigmoid_in_kernel) gates.beta = gates.beta.sigmoid();
   if (o.allow_neg_eigval) gates.beta = gates.beta * 2;
   return gates;
@@ -71,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor> run(std::string_view op, bool recurrent, cons
   check_arguments(op, {q, k, v, g, beta, o.initial_state, o.cu_seqlens, o.scale,
                        o.use_qk_l2norm_in_kernel, o.state_v_first, o.chunk_size});
   check_options(op, o, v);
-  const Gates gates = compute_gates(g, beta, o, gate_dtype(q.scalar_type()));
+  const Gates gates = compute_gates(g, beta, o, statistics_dtype(q.scalar_type()));
   auto [out, final_state, segment_states] = gated_delta_rule_forward(
       q, k, v, gates.g, gates.beta, o.initial_state, o.cu_seqlens, o.scale,
       o.use_qk_l2norm_in_kernel, o.state_v_first, o.chunk_size, recurrent, o.output_final_state,
@@ -125,7 +125,7 @@ at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   check_arguments(kOp, {q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
                         state_v_first, o.chunk_size, "state"});
   check_options(kOp, o, v);
-  const Gates gates = compute_gates(g, beta, o, gate_dtype(q.scalar_type()));
+  const Gates gates = compute_gates(g, beta, o, statistics_dtype(q.scalar_type()));
   return gated_delta_rule_update(q, k, v, gates.g, gates.beta, state, cu_seqlens, scale,
                                  use_qk_l2norm_in_kernel, state_v_first);
 }

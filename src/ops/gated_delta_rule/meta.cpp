@@ -4,6 +4,7 @@
 
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/views.h>
 
 namespace gdn {
 namespace {
@@ -19,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
   const CoreArguments a{
       q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first, chunk_size};
   check_arguments(kOp, a);
-  const auto states = v.options().dtype(gate_dtype(q.scalar_type()));
+  const auto states = v.options().dtype(statistics_dtype(q.scalar_type()));
   at::Tensor o = at::empty_symint(v.sym_sizes(), v.options());
   at::Tensor final_state =
       output_final_state ? at::empty_symint(state_sizes(a), states) : at::empty({0}, states);
@@ -41,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const CoreArguments a{
       q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm, state_v_first, chunk_size};
   check_arguments(kOp, a);
-  const auto gates = v.options().dtype(gate_dtype(q.scalar_type()));
+  const auto gates = v.options().dtype(statistics_dtype(q.scalar_type()));
   return {at::empty_symint(q.sym_sizes(), q.options()),
           at::empty_symint(k.sym_sizes(), k.options()),
           at::empty_symint(v.sym_sizes(), v.options()),
