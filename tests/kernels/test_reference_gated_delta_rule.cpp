@@ -105,6 +105,25 @@ TEST(ReferenceGatedDeltaRuleHostile, ZeroKeysAndQueries) {
   expect_close(chunked(c, inputs), expected, rounding(c));
 }
 
+TEST(ReferenceGatedDeltaRuleHeads, ConsecutiveValueHeadsShareAKeyHead) {
+  const Case grouped{.T = 20, .H = 2, .HV = 4};
+  Case repeated = grouped;
+  repeated.H = 4;
+  const GatedDeltaRuleInputs inputs = random_inputs(grouped);
+  GatedDeltaRuleInputs wide = inputs;
+  for (const auto member : {&GatedDeltaRuleInputs::q, &GatedDeltaRuleInputs::k}) {
+    (wide.*member).clear();
+    for (int64_t t = 0; t < grouped.T; ++t) {
+      for (const int64_t head : {0, 0, 1, 1}) {
+        const auto row = (inputs.*member).begin() + (t * grouped.H + head) * grouped.K;
+        (wide.*member).insert((wide.*member).end(), row, row + grouped.K);
+      }
+    }
+  }
+  EXPECT_EQ(chunked(grouped, inputs).at("o"), chunked(repeated, wide).at("o"));
+  EXPECT_EQ(recurrent(grouped, inputs).at("o"), recurrent(repeated, wide).at("o"));
+}
+
 TEST(ReferenceGatedDeltaRuleStates, InPlace) {
   for (const bool v_first : {false, true}) {
     const Case c{.B = 2, .T = 20, .HV = 3, .K = 5, .V = 3, .state_v_first = v_first};
