@@ -67,7 +67,8 @@ GatedDeltaNetForCausalLMImpl::GatedDeltaNetForCausalLMImpl(const GatedDeltaNetCo
 void GatedDeltaNetForCausalLMImpl::init_weights() {
   const torch::NoGradGuard no_grad;
   const double deviation = config_.initializer_range;
-  for (const auto& module : modules()) {  // norms and gates have their values already
+  for (const auto& module :
+       modules(/*include_self=*/false)) {  // norms and gates have their values already
     if (auto* linear = module->as<torch::nn::Linear>()) {
       linear->weight.normal_(0.0, deviation);
       if (linear->bias.defined()) linear->bias.zero_();
