@@ -15,10 +15,11 @@ namespace gdn {
 struct AttentionOptions {
   int64_t hidden_size = 2048;
   int64_t num_heads = 32;
-  std::optional<int64_t> num_kv_heads;  ///< num_heads when absent
+  std::optional<int64_t> num_kv_heads = std::nullopt;  ///< num_heads when absent
   bool qkv_bias = false;
-  bool qk_norm = false;                ///< RMSNorm over each head of q and k
-  std::optional<int64_t> window_size;  ///< tokens that a token sees, itself included; all if absent
+  bool qk_norm = false;  ///< RMSNorm over each head of q and k
+  std::optional<int64_t> window_size =
+      std::nullopt;  ///< tokens that a token sees, itself included; all if absent
   double rope_theta = 10000.0;
 };
 

@@ -10,8 +10,8 @@ namespace gdn {
 struct LayerCache {
   at::Tensor recurrent_state;         ///< [B, HV, K, V] fp32
   at::Tensor conv_q, conv_k, conv_v;  ///< [B, D, W - 1]; undefined without short convolution
-  /// [B, kv heads, tokens (at most the window), head dim]; rows with fewer tokens end together and
-  /// start with zeros.
+  /// [B, kv heads, tokens, head dim], of a window only the last window - 1 tokens. Rows with fewer
+  /// start with zeros: all end together.
   at::Tensor attn_key, attn_value;
   at::Tensor attn_tokens;  ///< [B] int64 on the CPU: tokens of each row so far
 };

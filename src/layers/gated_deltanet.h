@@ -15,11 +15,11 @@ namespace gdn {
 
 struct GatedDeltaNetOptions {
   int64_t hidden_size = 2048;
-  double expand_v = 2.0;               ///< V / K
-  int64_t head_dim = 256;              ///< K
-  int64_t num_heads = 6;               ///< H
-  std::optional<int64_t> num_v_heads;  ///< HV; num_heads when absent
-  std::string mode = "chunk";          ///< or "fused_recurrent"
+  double expand_v = 2.0;                              ///< V / K
+  int64_t head_dim = 256;                             ///< K
+  int64_t num_heads = 6;                              ///< H
+  std::optional<int64_t> num_v_heads = std::nullopt;  ///< HV; num_heads when absent
+  std::string mode = "chunk";                         ///< or "fused_recurrent"
   bool use_gate = true;
   bool use_short_conv = true;
   bool allow_neg_eigval = false;

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include <gdn/layers/packing.h>
+#include <gdn/modules/autocast.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
 
@@ -41,8 +42,9 @@ std::optional<Unpadding> find_padding(std::string_view op, const at::Tensor& att
 
 at::Tensor mix_packed(std::string_view op, const MixerInput& input, int64_t hidden_size,
                       const PackedMixer& mixer) {
-  const at::Tensor& x = input.hidden_states;
-  check_shape(op, "hidden_states", x, {-1, -1, hidden_size}, "[B, T, hidden_size]");
+  check_shape(op, "hidden_states", input.hidden_states, {-1, -1, hidden_size},
+              "[B, T, hidden_size]");
+  const at::Tensor x = cast_for_autocast(input.hidden_states);
   if (input.cu_seqlens) {
     if (input.attention_mask) reject(op, "attention_mask", "absent with cu_seqlens", "both");
     return mixer(x, checked_cu_seqlens(op, *input.cu_seqlens, x.size(0), x.size(1)));

@@ -256,6 +256,9 @@ void GatedDeltaNetConfig::validate() const {
   require_positive("expand_v", expand_v);
   require_positive("hidden_ratio", hidden_ratio);
   require_positive("norm_eps", norm_eps);
+  if (static_cast<double>(hidden_size) * hidden_ratio > kMaxSize) {
+    fail("hidden_ratio", "such that the MLP has at most 2^31 units", std::to_string(hidden_ratio));
+  }
   if (!(initializer_range >= 0) || !std::isfinite(initializer_range)) {
     fail("initializer_range", "finite and not negative", std::to_string(initializer_range));
   }
@@ -263,7 +266,7 @@ void GatedDeltaNetConfig::validate() const {
     fail("num_v_heads", "a multiple of num_heads", std::to_string(value_heads()));
   }
   const double V = static_cast<double>(head_dim) * expand_v;
-  if (V < 1 || std::abs(V - std::round(V)) > 1e-5 * V) {
+  if (V < 1 || V > kMaxSize || std::abs(V - std::round(V)) > 1e-5 * V) {
     fail("expand_v", "such that head_dim * expand_v is a whole number", std::to_string(expand_v));
   }
   if (conv_size < 2 || conv_size > 8) fail("conv_size", "from 2 to 8", std::to_string(conv_size));

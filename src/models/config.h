@@ -13,12 +13,13 @@ namespace gdn {
 
 /// Hybrid models: which layers are attention, and of what kind.
 struct AttentionConfig {
-  std::vector<int64_t> layers;          ///< layer indices that hold attention instead of GDN
-  int64_t num_heads = 0;                ///< query heads; required
-  std::optional<int64_t> num_kv_heads;  ///< num_heads when absent
+  std::vector<int64_t> layers = {};  ///< layer indices that hold attention instead of GDN
+  int64_t num_heads = 0;             ///< query heads; required
+  std::optional<int64_t> num_kv_heads = std::nullopt;  ///< num_heads when absent
   bool qkv_bias = false;
-  bool qk_norm = false;                ///< RMSNorm over each head of q and k
-  std::optional<int64_t> window_size;  ///< sliding window in tokens; full attention when absent
+  bool qk_norm = false;  ///< RMSNorm over each head of q and k
+  std::optional<int64_t> window_size =
+      std::nullopt;  ///< sliding window in tokens; full attention when absent
   double rope_theta = 10000.0;
 };
 
@@ -31,9 +32,9 @@ struct GatedDeltaNetConfig {
   bool use_short_conv = true;
   bool allow_neg_eigval = false;
   int64_t conv_size = 4;
-  int64_t head_dim = 256;              ///< K
-  int64_t num_heads = 6;               ///< H
-  std::optional<int64_t> num_v_heads;  ///< HV; num_heads when absent
+  int64_t head_dim = 256;                             ///< K
+  int64_t num_heads = 6;                              ///< H
+  std::optional<int64_t> num_v_heads = std::nullopt;  ///< HV; num_heads when absent
   int64_t max_position_embeddings = 2048;
   double hidden_ratio = 4.0;
   std::optional<int64_t> intermediate_size;

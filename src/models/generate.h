@@ -15,8 +15,8 @@ struct GenerateOptions {
   int64_t top_k = 0;         ///< 0: all
   double top_p = 1.0;
   uint64_t seed = 0;
-  std::vector<int64_t> stop_tokens;  ///< a row ends with one of these, which is its last token
-  int64_t prefill_chunk = 8192;      ///< prompt tokens in one forward; bounds memory
+  std::vector<int64_t> stop_tokens = {};  ///< a row ends with one of these, which is its last token
+  int64_t prefill_chunk = 8192;           ///< prompt tokens in one forward; bounds memory
 };
 
 /// Called with (row, token) for each new token; returning false ends that row.

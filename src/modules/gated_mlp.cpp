@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <gdn/modules/autocast.h>
 #include <gdn/modules/gated_mlp.h>
 #include <gdn/ops/common/swiglu.h>
 
@@ -17,7 +18,8 @@ void GatedMLPImpl::reset() {
 }
 
 at::Tensor GatedMLPImpl::forward(const at::Tensor& x) {
-  const at::Tensor gate = gate_proj(x), up = up_proj(x);
+  const at::Tensor input = cast_for_autocast(x);
+  const at::Tensor gate = gate_proj(input), up = up_proj(input);
   return down_proj(options.fuse_swiglu ? swiglu(gate, up) : at::silu(gate) * up);
 }
 

@@ -1,6 +1,6 @@
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 
+#include <gdn/modules/autocast.h>
 #include <gdn/modules/loss.h>
 #include <gdn/ops/common/cross_entropy.h>
 
@@ -28,12 +28,7 @@ at::Tensor token_cross_entropy(const at::Tensor& logits, const at::Tensor& targe
 
 at::Tensor token_linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
                                       const at::Tensor& targets) {
-  const auto device = hidden.device().type();
-  if (!at::autocast::is_autocast_enabled(device)) {
-    return linear_cross_entropy(hidden, weight, targets);
-  }
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets);
+  return linear_cross_entropy(cast_for_autocast(hidden), cast_for_autocast(weight), targets);
 }
 
 }  // namespace gdn
