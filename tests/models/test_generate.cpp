@@ -1,0 +1,170 @@
+// Generation: sampling, stopping, streaming, rows that do not know of each other.
+#include <gdn/models/generate.h>
+#include <gdn/models/sampling.h>
+
+#include "models/tiny_models.h"
+
+namespace gdn::testing {
+namespace {
+
+using Tokens = std::vector<int64_t>;
+
+Tokens prompt(int64_t length, uint64_t seed) {
+  const at::Tensor ids = random_ids(tiny_config(), 1, length, seed);
+  return {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + length};
+}
+
+/// The most likely continuation, computed without a cache.
+Tokens greedy(GatedDeltaNetForCausalLM& model, Tokens tokens, int64_t count) {
+  const torch::NoGradGuard no_grad;
+  Tokens result;
+  for (int64_t i = 0; i < count; ++i) {
+    const at::Tensor ids = torch::tensor(tokens).unsqueeze(0);
+    const at::Tensor last = model->forward({.input_ids = ids, .logits_to_keep = 1}).logits;
+    result.push_back(last.flatten().argmax().item<int64_t>());
+    tokens.push_back(result.back());
+  }
+  return result;
+}
+
+class Generation : public ::testing::TestWithParam<bool> {
+ protected:
+  GatedDeltaNetForCausalLM model_ = make_model(GetParam() ? hybrid_config() : tiny_config());
+  const std::vector<Tokens> prompts_ = {prompt(3, 1), prompt(75, 2), prompt(1, 3)};
+};
+
+TEST_P(Generation, GreedyEqualsUncachedWhateverTheChunk) {
+  for (const int64_t chunk : {1, 7, 100, 8192}) {
+    GenerateOptions options{.max_new_tokens = 9, .temperature = 0, .prefill_chunk = chunk};
+    const auto generated = generate(model_, prompts_, options);
+    for (size_t row = 0; row < prompts_.size(); ++row) {
+      EXPECT_EQ(generated[row], greedy(model_, prompts_[row], 9)) << row << " chunk " << chunk;
+    }
+  }
+}
+
+TEST_P(Generation, RowsAreIndependentAndRepeatable) {
+  const GenerateOptions options{.max_new_tokens = 12, .top_k = 20, .top_p = 0.9, .seed = 5};
+  const auto together = generate(model_, prompts_, options);
+  EXPECT_EQ(generate(model_, prompts_, options), together);
+  EXPECT_EQ(generate(model_, {prompts_[0]}, options)[0], together[0]);
+  EXPECT_EQ(generate(model_, {prompts_[0], prompts_[1]}, options)[1], together[1]);
+  const GenerateOptions other{.max_new_tokens = 12, .top_k = 20, .top_p = 0.9, .seed = 6};
+  EXPECT_NE(generate(model_, prompts_, other), together);
+  EXPECT_NE(generate(model_, {prompts_[0], prompts_[0]}, options)[1], together[0]);
+}
+
+TEST_P(Generation, RowsEndAtStopTokensAndAtTheCallbacksWish) {
+  const GenerateOptions free{.max_new_tokens = 12, .temperature = 0};
+  const auto all = generate(model_, prompts_, free);
+  GenerateOptions stopping = free;
+  stopping.stop_tokens = {all[0][2], all[1][4]};
+  std::vector<Tokens> streamed(3);
+  const auto generated = generate(model_, prompts_, stopping, [&](int64_t row, int64_t token) {
+    streamed[row].push_back(token);
+    return !(row == 2 && streamed[row].size() == 2);
+  });
+  EXPECT_EQ(streamed, generated);
+  for (size_t row = 0; row < 3; ++row) {
+    Tokens expected;
+    for (const int64_t token : all[row]) {
+      expected.push_back(token);
+      const bool stop = token == stopping.stop_tokens[0] || token == stopping.stop_tokens[1];
+      if (stop || (row == 2 && expected.size() == 2)) break;
+    }
+    EXPECT_EQ(generated[row], expected) << row;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Generation, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "hybrid" : "pure"; });
+
+TEST(Generate, LeavesTheModelAsItWas) {
+  GatedDeltaNetForCausalLM model = make_model(tiny_config(), /*training=*/true);
+  generate(model, {{1, 2}}, {.max_new_tokens = 2});
+  EXPECT_TRUE(model->is_training());
+  for (const auto& module : model->modules()) EXPECT_TRUE(module->is_training());
+  EXPECT_TRUE(generate(model, {}, {}).empty());
+  EXPECT_EQ(generate(model, {{1}}, {.max_new_tokens = 0}), std::vector<Tokens>(1));
+}
+
+TEST(Generate, RejectsWhatCannotBe) {
+  GatedDeltaNetForCausalLM model = make_model(tiny_config());
+  const auto message = [&](const std::vector<Tokens>& prompts, const GenerateOptions& options) {
+    return message_of<std::invalid_argument>([&] { generate(model, prompts, options); });
+  };
+  EXPECT_EQ(message({{1}}, {.max_new_tokens = -1}), "max_new_tokens must be 0 or more, got -1");
+  EXPECT_EQ(message({{1}}, {.temperature = -1}),
+            "temperature must be 0 or more, and finite, got -1.000000");
+  EXPECT_EQ(message({{1}}, {.temperature = NAN}),
+            "temperature must be 0 or more, and finite, got nan");
+  EXPECT_EQ(message({{1}}, {.top_k = -1}), "top_k must be 0 or more, got -1");
+  EXPECT_EQ(message({{1}}, {.top_p = 0}), "top_p must be above 0 and at most 1, got 0.000000");
+  EXPECT_EQ(message({{1}}, {.prefill_chunk = 0}), "prefill_chunk must be positive, got 0");
+  EXPECT_EQ(message({{1}, {}}, {}), "prompt 1 must be at least one token, got none");
+  EXPECT_EQ(message({{61}}, {}), "prompt 0 must be of tokens below 61, got 61");
+}
+
+constexpr int kDraws = 40'000;
+
+/// How often each token is drawn, of kDraws.
+std::vector<int> draw(const std::vector<float>& logits, const GenerateOptions& options) {
+  std::vector<int> counts(logits.size());
+  auto generator = row_generator(options.seed, 0);
+  for (int i = 0; i < kDraws; ++i) ++counts[sample_token(logits, options, generator)];
+  return counts;
+}
+
+/// Within five standard deviations of a binomial law.
+void expect_frequency(int count, double probability) {
+  EXPECT_NEAR(count, kDraws * probability, 5 * std::sqrt(kDraws * probability * (1 - probability)));
+}
+
+TEST(Sampling, FollowsTheTemperedProbabilities) {
+  const std::vector<float> logits = {0.5F, 2.0F, -1.0F, 2.0F, 1.0F};
+  for (const double temperature : {0.5, 1.0, 2.0}) {
+    double total = 0;
+    for (const float logit : logits) total += std::exp(logit / temperature);
+    const auto got = draw(logits, {.temperature = temperature});
+    for (size_t i = 0; i < logits.size(); ++i) {
+      expect_frequency(got[i], std::exp(logits[i] / temperature) / total);
+    }
+  }
+}
+
+TEST(Sampling, TopKAndTopPCutTheTail) {
+  const std::vector<float> logits = {std::log(0.1F), std::log(0.4F), std::log(0.3F),
+                                     std::log(0.2F)};
+  const auto expect = [&](const GenerateOptions& options, const std::vector<double>& wanted) {
+    const auto got = draw(logits, options);
+    for (size_t i = 0; i < wanted.size(); ++i) expect_frequency(got[i], wanted[i]);
+  };
+  expect({.top_k = 1}, {0, 1, 0, 0});
+  expect({.top_k = 2}, {0, 4 / 7.0, 3 / 7.0, 0});
+  expect({.top_k = 9}, {0.1, 0.4, 0.3, 0.2});
+  expect({.top_p = 0.39}, {0, 1, 0, 0});
+  expect({.top_p = 0.65}, {0, 4 / 7.0, 3 / 7.0, 0});
+  expect({.top_p = 0.85}, {0, 4 / 9.0, 3 / 9.0, 2 / 9.0});
+  expect({.top_k = 3, .top_p = 0.75}, {0, 4 / 7.0, 3 / 7.0, 0});
+}
+
+TEST(Sampling, TiesGoToTheFirstAndNaNIsAnError) {
+  auto generator = row_generator(0, 0);
+  const std::vector<float> tied = {1, 3, 3, 0};
+  EXPECT_EQ(sample_token(tied, {.temperature = 0}, generator), 1);
+  EXPECT_EQ(sample_token(tied, {.top_k = 1}, generator), 1);
+  for (const float bad : {NAN, INFINITY}) {
+    const std::vector<float> broken = {1, bad};
+    EXPECT_THROW(sample_token(broken, {}, generator), std::runtime_error);
+  }
+}
+
+TEST(Sampling, GeneratorsDifferByRowAndSeed) {
+  EXPECT_EQ(row_generator(1, 2)(), row_generator(1, 2)());
+  EXPECT_NE(row_generator(1, 2)(), row_generator(1, 3)());
+  EXPECT_NE(row_generator(1, 2)(), row_generator(2, 2)());
+  EXPECT_NE(row_generator(1, 2)(), row_generator(1 + (uint64_t{1} << 32), 2)());
+}
+
+}  // namespace
+}  // namespace gdn::testing
