@@ -164,6 +164,12 @@ struct ChunkGates {
   float whole;                            // exp(b_C)
 };
 
+/// exp(x) to fp32 accuracy: rounding a large |x| to fp32 first would cost |x| 2^-24 of the result.
+inline float exp_to_float(double x) {
+  const auto high = static_cast<float>(x);
+  return std::exp(high) * (1.0F + static_cast<float>(x - high));
+}
+
 /// g, beta: the chunk's first token and head; stride: floats between tokens. Padding rows [tokens,
 /// rows) get g = 0 and beta = 0.
 inline void load_gates(const float* g, const float* beta, int64_t stride, int64_t tokens,
@@ -181,10 +187,10 @@ inline void load_gates(const float* g, const float* beta, int64_t stride, int64_
     gates.beta[i] = i < tokens ? beta[i * stride] : 0.0F;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    gates.from_start[i] = std::exp(static_cast<float>(b[i]));
-    gates.to_end[i] = std::exp(static_cast<float>(sum - b[i]));
+    gates.from_start[i] = exp_to_float(b[i]);
+    gates.to_end[i] = exp_to_float(sum - b[i]);
   }
-  gates.whole = std::exp(static_cast<float>(sum));
+  gates.whole = exp_to_float(sum);
 }
 
 /// D_ij = exp(b_i - b_j) for j <= i, else 0. rows is a multiple of kTileAlign.
