@@ -1,0 +1,73 @@
+// The forward kernel: one block a sequence and value head, its warpgroups specialised by role.
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/chunk_matrices.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/loads.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/state.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+inline constexpr int kSharedBytes = sizeof(SharedMemory);
+
+__device__ inline void initialise(SharedMemory& shared, const ForwardArguments& p) {
+  constexpr int kStateWarps = 8;
+  constexpr int kMatrixWarps = 4;
+  if (threadIdx.x == 0) {
+    const auto init = [](auto& full, auto& empty, int full_arrivals, int empty_arrivals) {
+      for (auto& barrier : full) mbarrier_init(shared_address(&barrier), full_arrivals);
+      for (auto& barrier : empty) mbarrier_init(shared_address(&barrier), empty_arrivals);
+    };
+    init(shared.key_full, shared.key_empty, 1, kStateWarps);
+    init(shared.value_full, shared.value_empty, 1, kStateWarps);
+    init(shared.matrix_full, shared.matrix_empty, kMatrixWarps, kStateWarps);
+    init(shared.gate_full, shared.gate_empty, 1, kStateWarps);
+    mbarrier_init_fence();
+    prefetch_tensor_map(&p.q);
+    prefetch_tensor_map(&p.k);
+    prefetch_tensor_map(&p.v);
+    prefetch_tensor_map(&p.o);
+  }
+  // The blocks of T^T and P on the empty side of the diagonal are never written again.
+  auto* zeros = reinterpret_cast<uint4*>(shared.t);
+  constexpr int kCount = (sizeof(shared.t) + sizeof(shared.p)) / sizeof(uint4);
+  static_assert(offsetof(SharedMemory, p) == offsetof(SharedMemory, t) + sizeof(shared.t));
+  for (int i = threadIdx.x; i < kCount; i += kThreads) zeros[i] = {0, 0, 0, 0};
+  fence_async_proxy();
+  __syncthreads();
+}
+
+template <typename Element, Roles kRoles = Roles::kAll>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_delta_rule_forward_kernel(const __grid_constant__ ForwardArguments p) {
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
+  initialise(shared, p);
+  const Work work(p);
+  const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
+  const int thread = threadIdx.x % 128;
+  if (warpgroup == 0) {
+    lower_registers<kLoadRegisters>();
+    if (thread / 32 == 0) {
+      load_tiles(p, work, shared, thread);
+    } else if (thread / 32 == 1) {
+      load_gates(p, work, shared, thread % 32);
+    }
+  } else if (warpgroup == 1) {
+    lower_registers<kMatrixRegisters>();
+    if constexpr (kRoles == Roles::kStateOnly) {
+      run_idle_matrices(work, shared, thread);
+    } else {
+      run_chunk_matrices<Element>(p, work, shared, thread);
+    }
+  } else {
+    raise_registers<kStateRegisters>();
+    StateScan<Element> scan(p, work, shared, warpgroup - 2, thread);
+    if constexpr (kRoles == Roles::kMatricesOnly) {
+      scan.run_idle();
+    } else {
+      scan.run();
+    }
+  }
+}
+
+}  // namespace gdn::kernels::cuda::sm90

@@ -1,0 +1,92 @@
+// Tensor maps, arguments and launch of the Hopper forward.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdexcept>
+#include <string>
+
+#include <gdn/kernels/cuda/gated_delta_rule.h>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+/// A [B, T, heads, 128] tensor of 16-bit elements in boxes of 64 tokens x 64 elements.
+inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t T, int64_t heads,
+                              int64_t stride_b, int64_t stride_t, int64_t stride_h) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  constexpr cuuint64_t kBytes = 2;
+  const cuuint64_t sizes[4] = {kHeadDim, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(T),
+                               static_cast<cuuint64_t>(B)};
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(stride_h) * kBytes,
+                                 static_cast<cuuint64_t>(stride_t) * kBytes,
+                                 static_cast<cuuint64_t>(stride_b) * kBytes};
+  const cuuint32_t box[4] = {kHalf, 1, kChunk, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
+  }
+  return map;
+}
+
+inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
+  // A map's dimensions are at least 1; an empty problem reads nothing.
+  const int64_t T = p.T > 0 ? p.T : 1;
+  const auto map = [&](const auto& view, int64_t heads) {
+    return tensor_map(view.data, p.dtype, p.B, T, heads, view.stride_b, view.stride_t,
+                      view.stride_h);
+  };
+  ForwardArguments arguments{};
+  arguments.q = map(p.q, p.H);
+  arguments.k = map(p.k, p.H);
+  arguments.v = map(p.v, p.HV);
+  arguments.o = map(p.o, p.HV);
+  arguments.q_view = p.q;
+  arguments.k_view = p.k;
+  arguments.v_view = p.v;
+  arguments.o_view = p.o;
+  arguments.g = static_cast<const float*>(p.g);
+  arguments.beta = static_cast<const float*>(p.beta);
+  arguments.initial_state = static_cast<const float*>(p.initial_state);
+  arguments.final_state = static_cast<float*>(p.final_state);
+  arguments.segment_states = p.segment_states;
+  arguments.cu_seqlens = p.cu_seqlens;
+  arguments.T = p.T;
+  arguments.H = static_cast<int>(p.H);
+  arguments.HV = static_cast<int>(p.HV);
+  arguments.scale = static_cast<float>(p.scale);
+  arguments.state_v_first = p.state_v_first;
+  return arguments;
+}
+
+template <typename Kernel>
+void launch(Kernel* kernel, const ForwardArguments& arguments, int64_t blocks, Stream stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "gated_delta_rule_forward_sm90: shared memory");
+  kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, stream>>>(arguments);
+  check(cudaGetLastError(), "gated_delta_rule_forward_sm90: launch");
+}
+
+}  // namespace gdn::kernels::cuda::sm90

@@ -1,0 +1,129 @@
+// The forward kernel's arguments, shared memory, barriers and roles; docs/hopper.md derives them.
+#pragma once
+
+#include <cstddef>
+
+#include <gdn/kernels/cuda/sm90/wgmma.cuh>
+#include <gdn/kernels/gated_delta_rule.h>
+
+namespace gdn::kernels::cuda::sm90 {
+
+inline constexpr int kChunk = 64;     // C
+inline constexpr int kHeadDim = 128;  // K and V
+inline constexpr int64_t kStateSize = kHeadDim * kHeadDim;
+inline constexpr int kHalf = 64;  // elements of a swizzled 128-byte row
+inline constexpr int kSegmentChunks = static_cast<int>(kSegmentTokens) / kChunk;
+
+// Warpgroups by role, and what each thread of them may hold: 512 registers in all.
+inline constexpr int kThreads = 512;
+inline constexpr int kLoadRegisters = 24;
+inline constexpr int kMatrixRegisters = 104;
+inline constexpr int kStateRegisters = 192;
+
+// Named barriers: one for the matrix warpgroup, one for each state warpgroup.
+inline constexpr int kMatrixBarrier = 1;
+inline constexpr int kStateBarrier = 2;
+
+// Buffers of each kind.
+inline constexpr int kKeyStages = 3;  // K and Q: the matrix role is a chunk or two ahead
+inline constexpr int kValueStages = 2;
+inline constexpr int kMatrixStages = 2;  // T and P
+inline constexpr int kGateStages = 4;
+inline constexpr int kOutputStages = 2;
+
+inline constexpr int kHalfTileBytes = kChunk * kHalf * 2;  // 64 rows of 128 bytes
+inline constexpr int kTileBytes = 2 * kHalfTileBytes;      // K, Q, V, O: [2, 64 tokens, 64]
+inline constexpr int kMatrixBytes = kHalfTileBytes;        // T, P: 64 x 64
+inline constexpr int kHalfRow = kChunk + 8;                // padded row of the fp16 copy of A
+inline constexpr int kDiagonalColumn = 20;                 // padded column of a 16 x 16 block
+
+/// What depends on the gates of one chunk, as vectors over its tokens. b is the running sum of g
+/// in units of log 2; b_C its last element; b_J that of the last token of j's 16-token block.
+struct GateVectors {
+  float b[kChunk];
+  float from_start[kChunk];         // exp2(b_i)
+  float from_start_scaled[kChunk];  // scale * exp2(b_i)
+  float to_end[kChunk];             // exp2(b_C - b_j)
+  float to_block_end[kChunk];       // exp2(b_J - b_j)
+  float beta[kChunk];
+};
+
+struct SharedMemory {
+  alignas(1024) uint8_t k[kKeyStages][kTileBytes];
+  alignas(1024) uint8_t q[kKeyStages][kTileBytes];
+  alignas(1024) uint8_t v[kValueStages][kTileBytes];
+  alignas(1024) uint8_t o[kOutputStages][kTileBytes];
+  alignas(1024) uint8_t t[kMatrixStages][kMatrixBytes];  // T^T: row j, columns i
+  alignas(1024) uint8_t p[kMatrixStages][kMatrixBytes];  // P: row i, columns j
+  __half a[2][kChunk * kHalfRow];  // -A below its diagonal 16-blocks; (I + A)^-1 in those
+  alignas(16) float diagonal[4][16 * kDiagonalColumn];  // A's diagonal 16-blocks, column by column
+  GateVectors gates[kGateStages];
+  alignas(8) uint64_t key_full[kKeyStages], key_empty[kKeyStages];
+  uint64_t value_full[kValueStages], value_empty[kValueStages];
+  uint64_t matrix_full[kMatrixStages], matrix_empty[kMatrixStages];
+  uint64_t gate_full[kGateStages], gate_empty[kGateStages];
+};
+
+/// Where chunk c lies in a ring of buffers, and the parity of its round.
+template <int kStages>
+struct Slot {
+  int stage;
+  uint32_t parity;
+  __device__ __forceinline__ explicit Slot(uint32_t c)
+      : stage(c % kStages), parity(c / kStages % 2) {}
+};
+using KeySlot = Slot<kKeyStages>;
+using ValueSlot = Slot<kValueStages>;
+using MatrixSlot = Slot<kMatrixStages>;
+using GateSlot = Slot<kGateStages>;
+
+/// Kernel arguments; dimensions as in GatedDeltaRuleForward.
+struct ForwardArguments {
+  CUtensorMap q, k;  // [B, T, H, K], boxes of 64 tokens x 64 elements
+  CUtensorMap v, o;  // [B, T, HV, V], the same boxes
+  ConstView4 q_view, k_view, v_view;
+  MutableView4 o_view;
+  const float* g;              // [B, T, HV]
+  const float* beta;           // [B, T, HV]
+  const float* initial_state;  // [N, HV, K, V] or null
+  float* final_state;          // [N, HV, K, V] or null
+  float* segment_states;       // [segments, HV, K, V] or null
+  const int64_t* cu_seqlens;   // [N + 1] or null
+  int64_t T;
+  int H, HV;
+  float scale;
+  bool state_v_first;
+};
+
+/// The piece of work of one block: a sequence and a value head.
+struct Work {
+  int sequence, value_head, key_head;
+  int batch;
+  int64_t begin, length;  // tokens within batch row `batch`
+  int chunks;
+
+  __device__ explicit Work(const ForwardArguments& p)
+      : sequence(blockIdx.x / p.HV),
+        value_head(blockIdx.x % p.HV),
+        key_head(value_head / (p.HV / p.H)),
+        batch(p.cu_seqlens != nullptr ? 0 : sequence),
+        begin(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence] : 0),
+        length(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence + 1] - begin : p.T),
+        chunks(static_cast<int>((length + kChunk - 1) / kChunk)) {}
+
+  /// Tokens of chunk c: 64, fewer in the last.
+  __device__ int tokens(int c) const {
+    return static_cast<int>(min(static_cast<int64_t>(kChunk), length - int64_t{c} * kChunk));
+  }
+};
+
+/// Byte offset of 16-byte piece `piece` of row `row` in a tile of 128-byte rows, swizzled.
+__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
+  return static_cast<uint32_t>(row * 128 + ((piece ^ (row & 7)) << 4));
+}
+
+/// Which roles do their work; the others only keep the barriers going. Benchmarks time the roles
+/// alone; the operator uses kAll.
+enum class Roles { kAll, kMatricesOnly, kStateOnly };
+
+}  // namespace gdn::kernels::cuda::sm90

@@ -1,0 +1,145 @@
+// The loading role: one warp brings q, k and v to shared memory, another one the gates.
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+/// Copies the `tokens` first rows of a [64, 128] tile by ordinary loads, zeros below: the tile must
+/// not see what follows its sequence (TMA would read the next one's tokens).
+__device__ inline void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t stride_t,
+                                        int tokens, int lane) {
+  const int piece = lane % 16;  // of 16 in a row
+  for (int row = lane / 16; row < kChunk; row += 2) {
+    uint4 values = {0, 0, 0, 0};
+    if (row < tokens) {
+      values = *reinterpret_cast<const uint4*>(source + row * stride_t + piece * 8);
+    }
+    const uint32_t address = tile + (piece / 8) * kHalfTileBytes + swizzled(row, piece % 8);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values.x),
+                 "r"(values.y), "r"(values.z), "r"(values.w)
+                 : "memory");
+  }
+}
+
+/// First element of token `token` of the work's sequence.
+__device__ __forceinline__ const uint16_t* element(const ConstView4& view, const Work& work,
+                                                   int head, int64_t token) {
+  return static_cast<const uint16_t*>(view.data) + work.batch * view.stride_b +
+         (work.begin + token) * view.stride_t + head * view.stride_h;
+}
+
+__device__ inline void load_tiles(const ForwardArguments& p, const Work& work, SharedMemory& shared,
+                                  int lane) {
+  for (int c = 0; c < work.chunks; ++c) {
+    const KeySlot key(c);
+    const ValueSlot value(c);
+    const int tokens = work.tokens(c);
+    const uint32_t k = shared_address(shared.k[key.stage]);
+    const uint32_t q = shared_address(shared.q[key.stage]);
+    const uint32_t v = shared_address(shared.v[value.stage]);
+    const uint32_t key_full = shared_address(&shared.key_full[key.stage]);
+    const uint32_t value_full = shared_address(&shared.value_full[value.stage]);
+    mbarrier_wait(shared_address(&shared.key_empty[key.stage]), key.parity ^ 1);
+    if (tokens == kChunk) {
+      const int token = static_cast<int>(work.begin) + c * kChunk;
+      if (lane == 0) {
+        mbarrier_arrive_expect(key_full, 2 * kTileBytes);
+        for (int half = 0; half < 2; ++half) {
+          const int x = half * kHalf;
+          const uint32_t offset = half * kHalfTileBytes;
+          tma_load(k + offset, &p.k, key_full, x, work.key_head, token, work.batch);
+          tma_load(q + offset, &p.q, key_full, x, work.key_head, token, work.batch);
+        }
+      }
+      mbarrier_wait(shared_address(&shared.value_empty[value.stage]), value.parity ^ 1);
+      if (lane == 0) {
+        mbarrier_arrive_expect(value_full, kTileBytes);
+        for (int half = 0; half < 2; ++half) {
+          tma_load(v + half * kHalfTileBytes, &p.v, value_full, half * kHalf, work.value_head,
+                   token, work.batch);
+        }
+      }
+    } else {
+      const int64_t token = int64_t{c} * kChunk;
+      load_ragged_tile(k, element(p.k_view, work, work.key_head, token), p.k_view.stride_t, tokens,
+                       lane);
+      load_ragged_tile(q, element(p.q_view, work, work.key_head, token), p.q_view.stride_t, tokens,
+                       lane);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(key_full);
+      mbarrier_wait(shared_address(&shared.value_empty[value.stage]), value.parity ^ 1);
+      load_ragged_tile(v, element(p.v_view, work, work.value_head, token), p.v_view.stride_t,
+                       tokens, lane);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(value_full);
+    }
+  }
+}
+
+/// g in units of log 2. Below 2^-160 a decay is zero in fp32, and so is every product with it:
+/// bounding it there changes nothing, keeps sums of an infinite g finite, and their rounding small.
+__device__ __forceinline__ float bounded_log2_decay(float g) {
+  constexpr float kLog2E = 1.4426950408889634F;
+  const float x = g * kLog2E;
+  return x < -160.0F ? -160.0F : x;  // keeps NaN
+}
+
+/// Lane l handles tokens 2 l and 2 l + 1 of each chunk; tokens past the sequence's end neither
+/// decay nor write (g = beta = 0).
+__device__ inline void load_gates(const ForwardArguments& p, const Work& work, SharedMemory& shared,
+                                  int lane) {
+  constexpr uint32_t kWarp = 0xffffffffU;
+  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
+  float2 g = {0, 0};
+  float2 beta = {0, 0};
+  const auto fetch = [&](int c) {
+    const int64_t token = int64_t{c} * kChunk + 2 * lane;
+    g = beta = {0, 0};
+    if (token < work.length) {
+      g.x = p.g[first + token * p.HV];
+      beta.x = p.beta[first + token * p.HV];
+    }
+    if (token + 1 < work.length) {
+      g.y = p.g[first + (token + 1) * p.HV];
+      beta.y = p.beta[first + (token + 1) * p.HV];
+    }
+  };
+  fetch(0);
+  for (int c = 0; c < work.chunks; ++c) {
+    const GateSlot gate(c);
+    const float2 x = {bounded_log2_decay(g.x), bounded_log2_decay(g.y)};
+    const float2 write_strength = beta;
+    if (c + 1 < work.chunks) fetch(c + 1);
+    float sum = x.x + x.y;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float below = __shfl_up_sync(kWarp, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    const float before = __shfl_up_sync(kWarp, sum, 1);
+    float2 b;
+    b.x = (lane == 0 ? 0.0F : before) + x.x;
+    b.y = b.x + x.y;
+    const float end = __shfl_sync(kWarp, b.y, 31);
+    const float block_end = __shfl_sync(kWarp, b.y, lane | 7);
+
+    mbarrier_wait(shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1);
+    GateVectors& out = shared.gates[gate.stage];
+    const auto store = [&](float* vector, float low, float high) {
+      reinterpret_cast<float2*>(vector)[lane] = {low, high};
+    };
+    const float2 from_start = {exp2_approx(b.x), exp2_approx(b.y)};
+    store(out.b, b.x, b.y);
+    store(out.from_start, from_start.x, from_start.y);
+    store(out.from_start_scaled, p.scale * from_start.x, p.scale * from_start.y);
+    store(out.to_end, exp2_approx(end - b.x), exp2_approx(end - b.y));
+    store(out.to_block_end, exp2_approx(block_end - b.x), exp2_approx(block_end - b.y));
+    store(out.beta, write_strength.x, write_strength.y);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.gate_full[gate.stage]));
+  }
+}
+
+}  // namespace gdn::kernels::cuda::sm90
