@@ -1,11 +1,10 @@
 // The matrix role: for every chunk, from its keys, queries and gates alone,
-//   P = scale * lower(Q K^T) * D     T = (I + A)^-1 diag(beta)     A = strict_lower(diag(beta) K
-//   K^T * D)
+//   A = strict_lower(diag(beta) K K^T * D)    P = scale * lower(Q K^T) * D
+//   T = X diag(beta), X = (I + A)^-1
 //
 // One warpgroup; warp w holds rows 16 w to 16 w + 15 of the two products. It computes row-block w
-// of X^T, X = (I + A)^-1, by blocks of 16: with X_ww found by substitution in fp32,
-//   X_wi^T = -(sum_{w <= k < i} X_wk^T A_ik^T) X_ii^T        (X_wi^T stands for block (w, i) of
-//   X^T)
+// of X^T by blocks of 16. With X_ww found by substitution in fp32, block (w, i) is
+//   X_iw^T = -(sum_{w <= k < i} X_kw^T A_ik^T) X_ii^T
 // in which each sum's terms stay in the warp's registers: accumulators of one product are the
 // left operand of the next. So warps meet once a chunk, when A and the X_ii are in shared memory.
 #pragma once
