@@ -10,6 +10,9 @@
 
 namespace gdn {
 
+/// Says in a model folder which tokenizer the model was trained with: {"type": "byte"}.
+inline constexpr char kTokenizerFile[] = "gdn_tokenizer.json";
+
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
@@ -27,9 +30,9 @@ class Tokenizer {
   /// What one token adds to a text that has begun: for streaming. May be part of a UTF-8 character.
   virtual std::string token_text(int64_t token) const = 0;
 
-  /// "byte" or "sentencepiece".
-  virtual std::string type() const = 0;
-  /// Writes gdn_tokenizer.json and what belongs to it into a model folder.
+  /// Two tokenizers with one description give the same tokens: "byte", or "sentencepiece 1f2e3d4c".
+  virtual std::string description() const = 0;
+  /// Writes kTokenizerFile and what belongs to it into a model folder.
   virtual void save(const std::filesystem::path& folder) const = 0;
 
   /// bos text
@@ -42,7 +45,7 @@ class Tokenizer {
 /// bytes; 256 is both bos and eos. Throws std::runtime_error that names the file.
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name);
 
-/// The tokenizer of a model folder: gdn_tokenizer.json as Tokenizer::save() wrote it, or else a
+/// The tokenizer of a model folder: kTokenizerFile as Tokenizer::save() wrote it, or else a
 /// sentencepiece tokenizer.model. Throws std::runtime_error when the folder has neither.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& folder);
 
