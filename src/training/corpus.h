@@ -42,29 +42,39 @@ class Corpus {
 
  private:
   struct Document {
-    int32_t folder;
-    int32_t reserved;
-    int64_t index;
-    int64_t begin, end;  ///< in the document's tokens
+    int64_t folder;
+    int64_t index;       ///< in the folder
+    int64_t begin, end;  ///< of the folder's document
     int64_t bytes;       ///< -1: unknown
   };
+  Corpus without_documents() const;
   void append(const Document& document);
-  Document cut(const Document& document, int64_t begin, int64_t end,
-               const Tokenizer& tokenizer) const;
+  void append_cut(Document document, int64_t begin, int64_t end, const Tokenizer& tokenizer);
 
   std::vector<std::shared_ptr<const TokenFolder>> folders_;
   std::vector<Document> documents_;
   int64_t tokens_ = 0;
 };
 
-/// Opens `paths`: token folders as they are; text files, and all files in folders, by tokenizing
-/// them into the token folder `cache`, which is reused when it exists. Without a cache they lie in
-/// a temporary folder that is gone when the corpus is.
+struct CorpusOptions {
+  /// Files in folders are taken when their names end with one of these. Empty: all files without a
+  /// zero byte in their first 8 KB. Hidden files and folders are never taken.
+  std::vector<std::string> suffixes = {};
+  /// Token folder to make from the text, or to reuse when it was made from the same files. Without
+  /// it the tokens lie in a temporary folder that is gone when the corpus is.
+  std::optional<std::filesystem::path> cache = std::nullopt;
+  /// A cache that was made from other files is an error, and not made again.
+  bool keep_cache = false;
+  /// Hears what takes time.
+  std::function<void(const std::string&)> message = {};
+};
+
+/// Opens `paths`: folders of token files as they are (see token_folder.h), other files and folders
+/// as text, each file a document of bos, text, eos.
 ///
-/// Throws std::runtime_error that names what is missing, unreadable, empty, or not fit for the
-/// tokenizer's vocabulary. `message` hears what takes time.
+/// Throws std::runtime_error that names what is missing, unreadable or empty, a cache that is to be
+/// kept and does not fit, and a folder in the cache's place that is no cache.
 Corpus open_corpus(const std::vector<std::string>& paths, const Tokenizer& tokenizer,
-                   const std::optional<std::filesystem::path>& cache = std::nullopt,
-                   const std::function<void(const std::string&)>& message = {});
+                   const CorpusOptions& options = {});
 
 }  // namespace gdn
