@@ -5,15 +5,17 @@
 #include <functional>
 #include <optional>
 
-#include <gdn/models/causal_lm.h>
 #include <gdn/training/corpus.h>
 
 namespace gdn {
 
+class GatedDeltaNetForCausalLM;
+
 struct EvalResult {
-  double loss = 0;                      ///< mean over predicted tokens, in nats
-  double perplexity = 0;                ///< exp(loss)
-  std::optional<double> bits_per_byte;  ///< of all bytes, where the sizes of all texts are known
+  double loss = 0;        ///< mean over predicted tokens, in nats
+  double perplexity = 0;  ///< exp(loss)
+  /// Of all bytes, where the sizes of all texts are known.
+  std::optional<double> bits_per_byte = std::nullopt;
   int64_t documents = 0;
   int64_t tokens = 0;  ///< predicted ones
   int64_t bytes = 0;   ///< 0 when unknown
