@@ -15,10 +15,14 @@ namespace gdn {
 
 class Tokenizer;
 
+/// The record of a run's options in its folder.
+inline constexpr char kTrainOptionsFile[] = "train_options.json";
+
 /// Field names are the flags' names with underscores. for_each_option() lists them with their help.
 struct TrainOptions {
   std::vector<std::string> data;
   std::vector<std::string> eval_data;
+  std::vector<std::string> suffix;
   std::string out;
   std::string tokenizer = "byte";
 
@@ -66,10 +70,11 @@ void for_each_option(Options& options, Visit&& visit) {
         "files or folders of text (each file is a document), or folders of token files");
   visit("eval_data", options.eval_data,
         "held-out files or folders; default: a tenth of the documents of --data");
+  visit("suffix", options.suffix,
+        "take only files with these endings from folders (.py); default: all that look like text");
   visit("out", options.out, "run folder: the model, checkpoints, metrics and token files");
   visit("tokenizer", options.tokenizer, "'byte', or a sentencepiece model file");
-  visit("preset", options.preset,
-        "model size: tiny-byte (default), small-byte, 30M, 125M, 400M or 1.3B");
+  visit("preset", options.preset, "model size: tiny-byte (default), 30M, 125M, 400M or 1.3B");
   visit("config", options.config, "model configuration (config.json) instead of a preset");
   visit("hidden_size", options.hidden_size, "width of the model, instead of the preset's");
   visit("layers", options.layers, "number of layers, instead of the preset's");

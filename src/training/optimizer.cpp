@@ -1,0 +1,90 @@
+#include <cmath>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <gdn/training/optimizer.h>
+
+namespace gdn {
+
+bool decays(const at::Tensor& parameter) { return parameter.dim() >= 2; }
+
+AdamW::AdamW(const NamedTensors& parameters, const AdamWOptions& options) : options_(options) {
+  groups_[0].weight_decay = options.weight_decay;
+  for (const auto& [name, parameter] : parameters) {
+    Group& group = groups_[decays(parameter) ? 0 : 1];
+    group.names.push_back(name);
+    group.parameters.push_back(parameter);
+    group.exp_avgs.push_back(at::zeros_like(parameter));
+    group.exp_avg_sqs.push_back(at::zeros_like(parameter));
+    group.steps.push_back(at::zeros({}, parameter.options().dtype(at::kFloat)));
+  }
+}
+
+void AdamW::step(double lr) {
+  const at::NoGradGuard no_grad;
+  for (Group& group : groups_) {
+    std::vector<at::Tensor> parameters, gradients, exp_avgs, exp_avg_sqs, steps;
+    for (size_t i = 0; i < group.parameters.size(); ++i) {
+      const at::Tensor& gradient = group.parameters[i].grad();
+      if (!gradient.defined()) continue;
+      parameters.push_back(group.parameters[i]);
+      gradients.push_back(gradient);
+      exp_avgs.push_back(group.exp_avgs[i]);
+      exp_avg_sqs.push_back(group.exp_avg_sqs[i]);
+      steps.push_back(group.steps[i]);
+    }
+    if (parameters.empty()) continue;
+    at::_foreach_add_(steps, 1);
+    at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1,
+                      options_.beta2, group.weight_decay, options_.eps, /*amsgrad=*/false,
+                      /*maximize=*/false);
+  }
+}
+
+void AdamW::zero_grad() {
+  for (Group& group : groups_) {
+    for (at::Tensor& parameter : group.parameters) parameter.mutable_grad() = at::Tensor();
+  }
+}
+
+double AdamW::clip_grad_norm(double max_norm) {
+  const at::NoGradGuard no_grad;
+  const std::vector<at::Tensor> all = gradients();
+  if (all.empty()) return 0;
+  const double norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(all))).item<double>();
+  if (max_norm > 0 && std::isfinite(norm) && norm > max_norm)
+    at::_foreach_mul_(all, max_norm / norm);
+  return norm;
+}
+
+NamedTensors AdamW::state() const {
+  NamedTensors state;
+  for (const Group& group : groups_) {
+    for (size_t i = 0; i < group.names.size(); ++i) {
+      state.emplace_back("exp_avg." + group.names[i], group.exp_avgs[i]);
+      state.emplace_back("exp_avg_sq." + group.names[i], group.exp_avg_sqs[i]);
+      state.emplace_back("step." + group.names[i], group.steps[i]);
+    }
+  }
+  return state;
+}
+
+std::vector<at::Tensor> AdamW::gradients() const {
+  std::vector<at::Tensor> gradients;
+  for (const Group& group : groups_) {
+    for (const at::Tensor& parameter : group.parameters) {
+      if (parameter.grad().defined()) gradients.push_back(parameter.grad());
+    }
+  }
+  return gradients;
+}
+
+}  // namespace gdn
