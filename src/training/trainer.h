@@ -12,9 +12,10 @@
 namespace gdn {
 
 struct TrainResult {
-  bool finished = false;                 ///< false: stopped on request; a checkpoint is saved
-  int64_t step = 0;                      ///< optimiser steps done
-  std::optional<EvalResult> evaluation;  ///< after the last step; absent when stopped
+  bool finished = false;  ///< false: stopped on request; a checkpoint is saved
+  int64_t step = 0;       ///< optimiser steps done
+  /// After the last step; absent when stopped.
+  std::optional<EvalResult> evaluation = std::nullopt;
 };
 
 /// Trains, and leaves in options.out:
