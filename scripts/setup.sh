@@ -13,8 +13,8 @@ fail() { echo "setup: $*" >&2; exit 1; }
 
 case "${1:-}" in
   build)
-    system=(g++ libhwy-dev nlohmann-json3-dev libcli11-dev libspdlog-dev libgtest-dev
-            libsentencepiece-dev python3-venv)
+    system=(g++ libhwy-dev nlohmann-json3-dev libcli11-dev libsentencepiece-dev libgtest-dev
+            python3-venv)
     python=(torch==2.11.0 numpy matplotlib)
     ;;
   lint)
@@ -22,7 +22,7 @@ case "${1:-}" in
     python=(clang-format==14.0.6 ruff)
     ;;
   bench)
-    system=(libbenchmark-dev)
+    system=()
     python=(transformers==5.23.0)
     ;;
   *) fail "expected one of build, lint, bench" ;;

@@ -1,0 +1,43 @@
+#include <stdexcept>
+
+#include <ATen/Parallel.h>
+#include <CLI/CLI.hpp>
+
+#include <gdn/cli/model_options.h>
+#include <gdn/models/checkpoint.h>
+
+namespace gdn::cli {
+
+void ModelOptions::declare(CLI::App& app) {
+  app.add_option("--model", model, "Model folder, as gdn train leaves it")
+      ->required()
+      ->type_name("FOLDER");
+  app.add_option("--tokenizer", tokenizer,
+                 "'byte' or a sentencepiece model file, instead of the model folder's tokenizer");
+  app.add_option("--device", device, "Where to compute")->check(CLI::IsMember({"cpu"}));
+  app.add_option("--dtype", dtype, "Type of weights and activations")
+      ->check(CLI::IsMember({"fp32", "bf16"}));
+  app.add_option("--threads", threads, "CPU threads; 0: as many as torch would use")
+      ->check(CLI::NonNegativeNumber);
+}
+
+GatedDeltaNetForCausalLM ModelOptions::load_model() const {
+  if (threads > 0) at::set_num_threads(static_cast<int>(threads));
+  GatedDeltaNetForCausalLM loaded =
+      load_pretrained(model, c10::Device(device), dtype == "bf16" ? at::kBFloat16 : at::kFloat);
+  loaded->eval();
+  return loaded;
+}
+
+std::unique_ptr<Tokenizer> ModelOptions::make_tokenizer_for(
+    const GatedDeltaNetConfig& config) const {
+  auto result = tokenizer.empty() ? load_tokenizer(model) : make_tokenizer(tokenizer);
+  if (result->vocab_size() > config.vocab_size) {
+    throw std::runtime_error("the tokenizer has " + std::to_string(result->vocab_size()) +
+                             " tokens, the model in " + model + " only " +
+                             std::to_string(config.vocab_size));
+  }
+  return result;
+}
+
+}  // namespace gdn::cli
