@@ -208,7 +208,7 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
   store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
 
   // Gradients of the two score matrices, and what the gates need of them.
-  StateProducts products;
+  StateProducts products = {};
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
   pair_products(w.P, t.G, w.d_P, w.d_G, rows, w.X);

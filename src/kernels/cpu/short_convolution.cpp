@@ -188,7 +188,7 @@ void short_convolution(const ShortConvolutionForward& p) {
   const std::vector<TokenBlock> blocks = token_blocks(p, kForwardTokens);
   p.parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const void* inputs[kForwardTokens + kMaxTaps];
+      const void* inputs[kForwardTokens + kMaxTaps] = {};
       rows.fill(blocks[i].n, blocks[i].begin, blocks[i].end, inputs);
       HWY_DYNAMIC_DISPATCH(convolve_block)(p, taps, inputs, blocks[i]);
     }
@@ -220,7 +220,7 @@ void short_convolution_backward(const ShortConvolutionBackward& p) {
       for (int64_t i = group * group_size; i < std::min((group + 1) * group_size, count); ++i) {
         const int64_t n = blocks[i].n;
         const int64_t seen = std::min(blocks[i].end + p.W - 1, sequence_span(p, n).length);
-        const void* inputs[kBackwardTokens + 2 * kMaxTaps];
+        const void* inputs[kBackwardTokens + 2 * kMaxTaps] = {};
         rows.fill(n, blocks[i].begin, seen, inputs);
         const ConvolutionGradients gradients = {
             .d_final = d_final.empty() ? nullptr : d_final.data() + n * state_elements,
