@@ -6,8 +6,9 @@ scripts/setup.sh build
 export PATH="$PWD/.venv/bin:$PATH"
 
 # libtorch is not instrumented: what it keeps until the process ends looks like leaks, so leaks are
-# not looked for.
-export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1
+# not looked for. Nor is use after return: g++ 12's stand-in for the stack aligns to less than the 64
+# bytes of AVX-512's arrays, and the first aligned store faults.
+export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=print_stacktrace=1
 
 programs=(gdn_test_kernels gdn_test_ops)
