@@ -6,12 +6,11 @@ ratios, of the forward and of forward + backward.
 """
 
 import argparse
-import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from support.timing import print_header, report
 
 
 def make_cases(rows, columns, dtype):
@@ -104,27 +103,6 @@ def check(name, ours, plain, inputs, dtype):
             sys.exit(f"wrong result: {name}: relative difference {error:.1e}")
 
 
-def time_in_turns(functions, repeats):
-    """(median, least, greatest) in ms of each, the functions called in turns."""
-    times = [[] for _ in functions]
-    for repeat in range(repeats + 1):
-        for function, mine in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            if repeat > 0:  # the first call warms up
-                mine.append((time.perf_counter() - start) * 1e3)
-    return [(statistics.median(t), min(t), max(t)) for t in times]
-
-
-def report(name, functions, repeats):
-    (ours, low, high), (plain, plain_low, plain_high) = time_in_turns(functions, repeats)
-    print(
-        f"| {name} | {ours:.2f} ({low:.2f} to {high:.2f}) | "
-        f"{plain:.2f} ({plain_low:.2f} to {plain_high:.2f}) | {plain / ours:.1f} |",
-        flush=True,
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", default="build/release/lib/libgdn_ops.so")
@@ -136,7 +114,7 @@ def main():
     torch.set_num_threads(args.threads)
     torch.ops.load_library(args.library)
     print(f"[{args.rows}, {args.columns}], {args.threads} threads, torch {torch.__version__}")
-    print("| case | ours, ms: median (range) | plain torch | ratio |\n| --- | --- | --- | --- |")
+    print_header("plain torch")
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         for name, ours, plain, inputs in make_cases(args.rows, args.columns, dtype):

@@ -7,12 +7,11 @@ ratios. Shape: B 1, T 2048, H/HV 16/32, K = V = 128 unless given.
 
 import argparse
 import platform
-import statistics
 import sys
-import time
 
 import torch
 import transformers
+from support.timing import print_header, report
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_chunk_gated_delta_rule,
     torch_recurrent_gated_delta_rule,
@@ -55,28 +54,6 @@ def check(name, inputs, state, run_ours, run_theirs):
         )
         if not ours_error <= 2 * their_error + 1e-7:
             sys.exit(f"wrong result: {name} {part}")
-
-
-def time_in_turns(functions, repeats):
-    """Medians and spreads in ms, the functions called in turns."""
-    times = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for function, mine in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            mine.append((time.perf_counter() - start) * 1e3)
-    return [(statistics.median(t), min(t), max(t)) for t in times]
-
-
-def report(name, functions, repeats):
-    (mine, low, high), (other, other_low, other_high) = time_in_turns(functions, repeats)
-    print(
-        f"| {name} | {mine:.3f} ({low:.3f} to {high:.3f}) | "
-        f"{other:.3f} ({other_low:.3f} to {other_high:.3f}) | {other / mine:.1f} |",
-        flush=True,
-    )
 
 
 def training_step(function, inputs, state):
@@ -123,9 +100,7 @@ def main():
             lambda: ours(chunk, inputs, state),
             lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
         )
-        print(
-            "| case | ours, ms: median (range) | transformers | ratio |\n| --- | --- | --- | --- |"
-        )
+        print_header("transformers")
         with torch.no_grad():
             report(
                 f"{name} forward",
