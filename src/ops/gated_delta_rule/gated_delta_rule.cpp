@@ -64,47 +64,31 @@ Gates compute_gates(const at::Tensor& g, const at::Tensor& beta, const GatedDelt
   return gates;
 }
 
-std::tuple<at::Tensor, at::Tensor> run(std::string_view op, bool recurrent, const at::Tensor& q,
-                                       const at::Tensor& k, const at::Tensor& v,
-                                       const at::Tensor& g, const at::Tensor& beta,
-                                       const GatedDeltaRuleOptions& o) {
-  check_arguments(op, {q, k, v, g, beta, o.initial_state, o.cu_seqlens, o.scale,
-                       o.use_qk_l2norm_in_kernel, o.state_v_first, o.chunk_size});
-  check_options(op, o, v);
+template <bool kRecurrent>
+std::tuple<at::Tensor, at::Tensor> form(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, std::optional<double> scale,
+    const std::optional<at::Tensor>& initial_state, bool output_final_state,
+    bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
+    bool state_v_first, const std::optional<at::Tensor>& cu_seqlens, bool use_gate_in_kernel,
+    const std::optional<at::Tensor>& A_log, const std::optional<at::Tensor>& dt_bias,
+    int64_t chunk_size) {
+  constexpr std::string_view kOp =
+      kRecurrent ? "fused_recurrent_gated_delta_rule" : "chunk_gated_delta_rule";
+  GatedDeltaRuleOptions o;
+  o.use_beta_sigmoid_in_kernel = use_beta_sigmoid_in_kernel;
+  o.allow_neg_eigval = allow_neg_eigval;
+  o.use_gate_in_kernel = use_gate_in_kernel;
+  o.A_log = A_log;
+  o.dt_bias = dt_bias;
+  check_arguments(kOp, {q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
+                        state_v_first, chunk_size});
+  check_options(kOp, o, v);
   const Gates gates = compute_gates(g, beta, o, statistics_dtype(q.scalar_type()));
   auto [out, final_state, segment_states] = gated_delta_rule_forward(
-      q, k, v, gates.g, gates.beta, o.initial_state, o.cu_seqlens, o.scale,
-      o.use_qk_l2norm_in_kernel, o.state_v_first, o.chunk_size, recurrent, o.output_final_state,
-      /*save_segment_states=*/false);
+      q, k, v, gates.g, gates.beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
+      state_v_first, chunk_size, kRecurrent, output_final_state, /*save_segment_states=*/false);
   return {out, final_state};
-}
-
-std::tuple<at::Tensor, at::Tensor> chunk(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
-    const at::Tensor& beta, std::optional<double> scale,
-    const std::optional<at::Tensor>& initial_state, bool output_final_state,
-    bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
-    bool state_v_first, const std::optional<at::Tensor>& cu_seqlens, bool use_gate_in_kernel,
-    const std::optional<at::Tensor>& A_log, const std::optional<at::Tensor>& dt_bias,
-    int64_t chunk_size) {
-  return run("chunk_gated_delta_rule", /*recurrent=*/false, q, k, v, g, beta,
-             {scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-              use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-              use_gate_in_kernel, A_log, dt_bias, chunk_size});
-}
-
-std::tuple<at::Tensor, at::Tensor> fused_recurrent(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
-    const at::Tensor& beta, std::optional<double> scale,
-    const std::optional<at::Tensor>& initial_state, bool output_final_state,
-    bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
-    bool state_v_first, const std::optional<at::Tensor>& cu_seqlens, bool use_gate_in_kernel,
-    const std::optional<at::Tensor>& A_log, const std::optional<at::Tensor>& dt_bias,
-    int64_t chunk_size) {
-  return run("fused_recurrent_gated_delta_rule", /*recurrent=*/true, q, k, v, g, beta,
-             {scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-              use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-              use_gate_in_kernel, A_log, dt_bias, chunk_size});
 }
 
 at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -169,8 +153,8 @@ struct Autocast<kDevice, Result(const at::Tensor&, const at::Tensor&, const at::
 
 template <c10::DeviceType kDevice>
 void register_autocast(torch::Library& m) {
-  m.impl("chunk_gated_delta_rule", Autocast<kDevice, Form, chunk>::call);
-  m.impl("fused_recurrent_gated_delta_rule", Autocast<kDevice, Form, fused_recurrent>::call);
+  m.impl("chunk_gated_delta_rule", Autocast<kDevice, Form, form<false>>::call);
+  m.impl("fused_recurrent_gated_delta_rule", Autocast<kDevice, Form, form<true>>::call);
   m.impl("fused_recurrent_gated_delta_rule_update", Autocast<kDevice, Update, update>::call);
 }
 
@@ -230,8 +214,8 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CompositeImplicitAutograd, m) {
-  m.impl("chunk_gated_delta_rule", gdn::chunk);
-  m.impl("fused_recurrent_gated_delta_rule", gdn::fused_recurrent);
+  m.impl("chunk_gated_delta_rule", gdn::form<false>);
+  m.impl("fused_recurrent_gated_delta_rule", gdn::form<true>);
   m.impl("fused_recurrent_gated_delta_rule_update", gdn::update);
 }
 
