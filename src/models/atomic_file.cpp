@@ -1,6 +1,7 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <stdexcept>
+#include <string>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <system_error>
@@ -59,18 +60,21 @@ void AtomicFile::commit() {
   if (::fsync(descriptor_) != 0) fail("cannot be synced");
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail("cannot be renamed into place");
   ::close(std::exchange(descriptor_, -1));
-  const auto folder =
-      target_.has_parent_path() ? target_.parent_path() : std::filesystem::path(".");
-  const int folder_descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (folder_descriptor < 0) fail("its folder cannot be synced");
-  const int status = ::fsync(folder_descriptor);
-  ::close(folder_descriptor);
-  if (status != 0) fail("its folder cannot be synced");
+  sync_folder(target_.parent_path());
 }
 
 void AtomicFile::fail(const char* what) const {
   const std::string reason = std::generic_category().message(errno);
   throw std::runtime_error(target_.string() + ": " + what + ": " + reason);
+}
+
+void sync_folder(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder.empty() ? "." : folder;
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const int result = descriptor < 0 ? -1 : ::fsync(descriptor);
+  const std::string reason = std::generic_category().message(errno);
+  if (descriptor >= 0) ::close(descriptor);
+  if (result != 0) throw std::runtime_error(path.string() + ": cannot be synced: " + reason);
 }
 
 }  // namespace gdn

@@ -30,4 +30,8 @@ class AtomicFile {
   int descriptor_ = -1;
 };
 
+/// Makes what was created in, renamed into or removed from a folder last. Throws std::runtime_error
+/// that names the folder.
+void sync_folder(const std::filesystem::path& folder);
+
 }  // namespace gdn

@@ -1,21 +1,17 @@
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cstring>
-#include <fcntl.h>
 #include <memory>
 #include <numeric>
 #include <set>
 #include <stdexcept>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <system_error>
-#include <unistd.h>
+#include <string_view>
 
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
 #include <gdn/models/atomic_file.h>
+#include <gdn/models/mapped_file.h>
 #include <gdn/models/safetensors.h>
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are little-endian");
@@ -47,45 +43,6 @@ constexpr NamedType kTypes[] = {{"F64", at::kDouble},
                                 {"U64", at::kUInt64},
                                 {"F8_E4M3", at::kFloat8_e4m3fn},
                                 {"F8_E5M2", at::kFloat8_e5m2}};
-
-/// A whole file in memory, read-only.
-class Mapping {
- public:
-  explicit Mapping(const std::filesystem::path& file) {
-    const int descriptor = ::open(file.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat status {};
-    if (descriptor < 0 || ::fstat(descriptor, &status) != 0) fail(file, descriptor);
-    if (!S_ISREG(status.st_mode)) {
-      ::close(descriptor);
-      throw std::runtime_error(file.string() + ": is not a regular file");
-    }
-    size_ = static_cast<size_t>(status.st_size);
-    if (size_ > 0) {  // mmap rejects length 0
-      void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-      if (data == MAP_FAILED) fail(file, descriptor);
-      data_ = static_cast<const char*>(data);
-    }
-    ::close(descriptor);
-  }
-  ~Mapping() {
-    if (data_ != nullptr) ::munmap(const_cast<char*>(data_), size_);
-  }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  const char* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  [[noreturn]] static void fail(const std::filesystem::path& file, int descriptor) {
-    const std::string reason = std::generic_category().message(errno);
-    if (descriptor >= 0) ::close(descriptor);
-    throw std::runtime_error(file.string() + ": cannot be read: " + reason);
-  }
-
-  const char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 /// One tensor of a header, checked in itself.
 struct Entry {
@@ -185,7 +142,7 @@ void check_layout(std::vector<Entry> entries, uint64_t data_bytes) {
 }
 
 at::Tensor view_entry(const Entry& entry, const char* data,
-                      const std::shared_ptr<const Mapping>& mapping) {
+                      const std::shared_ptr<const MappedFile>& mapping) {
   const auto options = at::TensorOptions(entry.type);
   if (entry.begin == entry.end) return at::empty(entry.shape, options);
   const char* source = data + entry.begin;
@@ -201,17 +158,18 @@ at::Tensor view_entry(const Entry& entry, const char* data,
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) {
-  const auto mapping = std::make_shared<const Mapping>(file);
+  const auto mapping = std::make_shared<const MappedFile>(file);
+  const std::string_view bytes = mapping->bytes();
   try {
     uint64_t header_bytes = 0;
-    if (mapping->size() < sizeof header_bytes) throw Malformed("is too short to be safetensors");
-    std::memcpy(&header_bytes, mapping->data(), sizeof header_bytes);
-    const uint64_t rest = mapping->size() - sizeof header_bytes;
+    if (bytes.size() < sizeof header_bytes) throw Malformed("is too short to be safetensors");
+    std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
+    const uint64_t rest = bytes.size() - sizeof header_bytes;
     if (header_bytes > rest || header_bytes > kMaxHeaderBytes) {
       throw Malformed("its header of " + std::to_string(header_bytes) +
                       " bytes passes the file's end or 100 MB; is it safetensors, and whole?");
     }
-    const char* header_begin = mapping->data() + sizeof header_bytes;
+    const char* header_begin = bytes.data() + sizeof header_bytes;
     const char* data = header_begin + header_bytes;
     const uint64_t data_bytes = rest - header_bytes;
     const json header = parse_header(header_begin, data);

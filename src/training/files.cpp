@@ -2,13 +2,12 @@
 #include <cstring>
 #include <fcntl.h>
 #include <stdexcept>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <system_error>
+#include <sys/file.h>
 #include <unistd.h>
 #include <utility>
 
 #include <gdn/models/atomic_file.h>
+#include <gdn/models/mapped_file.h>
 #include <gdn/training/files.h>
 
 namespace gdn {
@@ -21,31 +20,6 @@ constexpr size_t kBufferBytes = 1 << 20;
 }
 
 }  // namespace
-
-MappedFile::MappedFile(const std::filesystem::path& file) {
-  const int descriptor = ::open(file.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail_with_errno(file, "cannot be opened");
-  struct stat status {};
-  if (::fstat(descriptor, &status) != 0 || S_ISDIR(status.st_mode)) {
-    if (S_ISDIR(status.st_mode)) errno = EISDIR;
-    const int error = errno;
-    ::close(descriptor);
-    errno = error;
-    fail_with_errno(file, "cannot be read");
-  }
-  size_ = static_cast<size_t>(status.st_size);
-  void* mapping =
-      size_ == 0 ? nullptr : ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  const int error = errno;
-  ::close(descriptor);
-  errno = error;
-  if (mapping == MAP_FAILED) fail_with_errno(file, "cannot be mapped");
-  data_ = static_cast<char*>(mapping);
-}
-
-MappedFile::~MappedFile() {
-  if (data_ != nullptr) ::munmap(data_, size_);
-}
 
 OutputFile::OutputFile(const std::filesystem::path& file, Mode mode) : file_(file) {
   const int how = mode == Mode::append ? O_APPEND : O_TRUNC;
@@ -89,6 +63,19 @@ void OutputFile::close() {
   if (::close(descriptor) != 0) fail("cannot be closed");
 }
 
+FileLock::FileLock(const std::filesystem::path& file, const std::string& busy) {
+  descriptor_ = ::open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (descriptor_ < 0) fail_with_errno(file, "cannot be created");
+  if (::flock(descriptor_, LOCK_EX | LOCK_NB) == 0) return;
+  const int error = errno;
+  ::close(descriptor_);
+  if (error == EWOULDBLOCK) throw std::runtime_error(file.string() + ": " + busy);
+  errno = error;
+  fail_with_errno(file, "cannot be locked");
+}
+
+FileLock::~FileLock() { ::close(descriptor_); }
+
 std::string read_text(const std::filesystem::path& file) {
   return std::string(MappedFile(file).bytes());
 }
@@ -97,15 +84,6 @@ void write_text_atomically(const std::filesystem::path& file, std::string_view t
   AtomicFile output(file);
   output.write(text);
   output.commit();
-}
-
-void sync_folder(const std::filesystem::path& folder) {
-  const std::filesystem::path path = folder.empty() ? "." : folder;
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (descriptor < 0) fail_with_errno(path, "cannot be opened");
-  const int result = ::fsync(descriptor);
-  ::close(descriptor);
-  if (result != 0) fail_with_errno(path, "cannot be synced");
 }
 
 }  // namespace gdn

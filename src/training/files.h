@@ -1,29 +1,11 @@
-// Files: mapped into memory, written with every error reported, replaced atomically.
+// Files: written with every error reported, replaced atomically, locked.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <filesystem>
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace gdn {
-
-/// A whole file, read-only, in memory as needed. Throws std::runtime_error naming the file.
-class MappedFile {
- public:
-  explicit MappedFile(const std::filesystem::path& file);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  std::string_view bytes() const { return {data_, size_}; }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 /// A new file, written in order. Every method throws std::runtime_error naming the file.
 class OutputFile {
@@ -50,12 +32,24 @@ class OutputFile {
   std::string buffer_;
 };
 
+/// Keeps other processes from working where this one does. The lock goes with its process, however
+/// that ends; the file stays.
+class FileLock {
+ public:
+  /// Makes the file where there is none. Throws std::runtime_error, "FILE: BUSY" when another
+  /// process holds it.
+  FileLock(const std::filesystem::path& file, const std::string& busy);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int descriptor_ = -1;
+};
+
 std::string read_text(const std::filesystem::path& file);
 
 /// The file holds the old text or the new one, whatever happens.
 void write_text_atomically(const std::filesystem::path& file, std::string_view text);
-
-/// Makes what was created in, renamed into or removed from a folder last.
-void sync_folder(const std::filesystem::path& folder);
 
 }  // namespace gdn

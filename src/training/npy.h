@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 
+#include <gdn/models/mapped_file.h>
 #include <gdn/training/files.h>
 
 namespace gdn {

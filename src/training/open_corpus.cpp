@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 #include <nlohmann/json.hpp>
 
+#include <gdn/models/atomic_file.h>
+#include <gdn/models/mapped_file.h>
 #include <gdn/training/corpus.h>
 #include <gdn/training/crc32.h>
 #include <gdn/training/files.h>

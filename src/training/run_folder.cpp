@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <nlohmann/json.hpp>
 
+#include <gdn/models/atomic_file.h>
 #include <gdn/models/checkpoint.h>
 #include <gdn/models/safetensors.h>
 #include <gdn/training/files.h>
@@ -17,6 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr char kLockFile[] = ".lock";
 constexpr char kOptimizerFile[] = "optimizer.safetensors";
 constexpr char kStateFile[] = "trainer.json";
 constexpr char kRandomState[] = "random_state.cpu";
@@ -57,6 +59,11 @@ void RunFolder::require_no_run() const {
     throw std::runtime_error(out_.string() + ": already holds " + name +
                              "; resume that run or choose another folder");
   }
+}
+
+void RunFolder::lock() {
+  fs::create_directories(out_);
+  lock_.emplace(out_ / kLockFile, "another process is training in this folder");
 }
 
 std::optional<fs::path> RunFolder::latest_checkpoint() const {

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include <gdn/models/causal_lm.h>
+#include <gdn/training/files.h>
 #include <gdn/training/optimizer.h>
 
 namespace gdn {
@@ -35,6 +36,10 @@ class RunFolder {
   /// Throws std::runtime_error when the folder holds what a run would write, such as a model.
   void require_no_run() const;
 
+  /// Makes the folder where there is none, and holds it until this object is gone. Throws
+  /// std::runtime_error when another process holds it.
+  void lock();
+
   std::optional<std::filesystem::path> latest_checkpoint() const;
 
   /// Saves the state after `state.step` steps, then removes all but the `keep` newest checkpoints
@@ -51,6 +56,7 @@ class RunFolder {
   void remove_old_checkpoints(int64_t keep) const;
 
   std::filesystem::path out_;
+  std::optional<FileLock> lock_;
 };
 
 }  // namespace gdn

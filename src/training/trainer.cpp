@@ -82,6 +82,7 @@ class Trainer {
     if (options_.threads > 0) at::set_num_threads(static_cast<int>(options_.threads));
     if (options_.resume) {
       recorded_ = recorded_train_options(folder_.path());
+      folder_.lock();
     } else {
       folder_.require_no_run();
     }
@@ -205,7 +206,10 @@ class Trainer {
   }
 
   void record_options() {
-    fs::create_directories(folder_.path());
+    if (!options_.resume) {  // not sooner: bad input leaves no folder behind
+      folder_.lock();
+      folder_.require_no_run();
+    }
     write_text_atomically(folder_.path() / kTrainOptionsFile,
                           train_options_to_json(options_).dump(2) + "\n");
     if (!options_.resume || !fs::exists(folder_.path() / kTokenizerFile)) {

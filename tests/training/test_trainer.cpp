@@ -10,6 +10,7 @@
 
 #include <gdn/models/checkpoint.h>
 #include <gdn/models/safetensors.h>
+#include <gdn/training/run_folder.h>
 #include <gdn/training/stop_signals.h>
 #include <gdn/training/tokenizer.h>
 #include <gdn/training/trainer.h>
@@ -187,6 +188,23 @@ TEST(Train, RefusesAFolderInUseAndLeavesItAlone) {
   EXPECT_NE(message_of<std::runtime_error>([&] { run(options); }).find("no run to resume"),
             std::string::npos);
   EXPECT_FALSE(fs::exists(folder / "nothing"));
+}
+
+TEST(Train, RefusesAFolderThatAnotherProcessHolds) {
+  const TestFolder folder;
+  TrainOptions options = small_run(folder);
+  run_until(options, 3);
+  RunFolder other(options.out);  // a lock belongs to an open file: this is as good as a process
+  other.lock();
+  options.resume = true;
+  EXPECT_EQ(message_of<std::runtime_error>([&] { run(options); }),
+            (folder / "run/.lock").string() + ": another process is training in this folder");
+  options.resume = false;
+  options.out = (folder / "new").string();
+  RunFolder newcomer(options.out);
+  newcomer.lock();
+  EXPECT_EQ(message_of<std::runtime_error>([&] { run(options); }),
+            (folder / "new/.lock").string() + ": another process is training in this folder");
 }
 
 TEST(Train, NamesBadInputAndLeavesNothingBehind) {
