@@ -3,13 +3,16 @@
 # torch's own CMake package demands a CUDA toolkit when torch was built with CUDA, also for
 # programs that use no CUDA at all. This module names just the files that we need.
 #
-# Input:   GDN_PYTHON, the interpreter whose torch is used (default: .venv/bin/python, then python3)
+# Input:   GDN_PYTHON, the interpreter whose torch is used (default: that of a pip build,
+#          then .venv/bin/python, then python3)
 # Targets: LibTorch::cpu   the CPU library with its headers
 #          LibTorch::cuda  the CUDA library; only where torch was built with CUDA
 # Output:  LibTorch_VERSION, LibTorch_ROOT
 
 if(NOT GDN_PYTHON)
-  if(EXISTS "${PROJECT_SOURCE_DIR}/.venv/bin/python")
+  if(SKBUILD)  # pip's build has chosen
+    set(_gdn_python "${PYTHON_EXECUTABLE}")
+  elseif(EXISTS "${PROJECT_SOURCE_DIR}/.venv/bin/python")
     set(_gdn_python "${PROJECT_SOURCE_DIR}/.venv/bin/python")
   else()
     find_program(_gdn_python NAMES python3 python NO_CACHE)

@@ -1,0 +1,17 @@
+"""Operators that the layers of every linear-attention model need."""
+
+from gated_deltanet.ops.common.causal_conv1d import causal_conv1d, causal_conv1d_update
+from gated_deltanet.ops.common.cross_entropy import cross_entropy, linear_cross_entropy
+from gated_deltanet.ops.common.norm import l2_norm, rms_norm, rms_norm_gated
+from gated_deltanet.ops.common.swiglu import swiglu
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "cross_entropy",
+    "l2_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rms_norm_gated",
+    "swiglu",
+]
