@@ -1,4 +1,4 @@
-"""Softmax attention for hybrid models: full or sliding window, grouped queries, rotary positions."""
+"""Softmax attention for hybrid models: full or in a window, grouped queries, rotary positions."""
 
 from typing import Any
 
@@ -96,10 +96,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff().cpu().long()
-        else:
-            lengths = torch.full((B,), T)
+        lengths = torch.full((B,), T) if cu_seqlens is None else cu_seqlens.diff().cpu().long()
         if cache is not None and cache.attn_tokens is not None:
             check_cached(type(self).__name__, "attn_tokens", cache.attn_tokens, (len(lengths),))
             sizes = (len(lengths), self.num_kv_heads, *cache.attn_key.shape[2:3], self.head_dim)
