@@ -9,7 +9,7 @@ BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build test demo bench lint format install clean
+.PHONY: help setup build test demo wheel bench lint format install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,11 @@ test: build  ## run every test
 
 demo: build  ## train a small language model on Python's standard library, and compare it
 	@scripts/demo.py --gdn $(BUILD)/bin/gdn --out demo
+
+wheel: build  ## build the Python package as dist/*.whl
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation -C build-dir=build/package \
+	  -C cmake.define.GDN_BUILT_IN=$(CURDIR)/$(BUILD) -w dist .
 
 bench: build  ## measure, beside PyTorch and transformers
 	@scripts/setup.sh bench

@@ -83,6 +83,7 @@ class Attention(nn.Module):
             name,
             hidden_states,
             self.hidden_size,
+            self.q_proj.weight,
             attention_mask,
             cu_seqlens,
             lambda x, boundaries: self._mix(x, boundaries, cache),

@@ -190,6 +190,7 @@ class GatedDeltaNet(nn.Module):
             name,
             hidden_states,
             self.hidden_size,
+            self.q_proj.weight,
             attention_mask,
             cu_seqlens,
             lambda x, boundaries: self._mix(x, boundaries, cache),

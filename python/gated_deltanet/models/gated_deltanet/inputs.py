@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gated_deltanet.ops.utils import check_shape, reject
+from gated_deltanet.ops.utils import check_cu_seqlens, check_shape, reject
 
 # What transformers' collators for packed sequences pass besides position_ids.
 FLATTENING_KEYS = frozenset(
@@ -59,12 +59,15 @@ def packed_boundaries(
     start anew.
 
     Raises:
-        ValueError: where positions do in one row of several: packed sequences are one row.
+        ValueError: for boundaries that cannot be, and where positions start anew in one row of
+            several: packed sequences are one row.
     """
     if cu_seqlens is None:
         cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None or position_ids is None or T < 2:
-        return cu_seqlens
+    if cu_seqlens is not None:
+        return check_cu_seqlens(owner, cu_seqlens, B, T)
+    if position_ids is None or T < 2:
+        return None
     check_shape(owner, "position_ids", position_ids, (-1, T), "[B, T]")
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not bool(starts.any()):

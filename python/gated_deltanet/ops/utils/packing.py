@@ -8,6 +8,29 @@ from torch import Tensor
 from gated_deltanet.ops.utils.check import reject
 
 
+def check_cu_seqlens(owner: str, cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """cu_seqlens [N + 1] on the CPU, checked; in a compiled graph, as it is.
+
+    There values cannot be read, and the operators reject bad ones when the graph runs.
+
+    Raises:
+        ValueError: unless it is int64 or int32, B is 1, and the boundaries start at 0, never
+            decrease and end at T.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        reject(owner, "cu_seqlens", "int64 or int32 of shape [N + 1]", cu_seqlens)
+    if B != 1:
+        reject(owner, "cu_seqlens", "None for a batch of several rows", f"B = {B}")
+    if torch.compiler.is_compiling():
+        return cu_seqlens
+    cu_seqlens = cu_seqlens.cpu()
+    values = cu_seqlens.tolist()
+    if not values or values[0] != 0 or values[-1] != T or values != sorted(values):
+        expected = f"boundaries that start at 0, never decrease and end at T = {T}"
+        reject(owner, "cu_seqlens", expected, values)
+    return cu_seqlens
+
+
 def longest_sequence(cu_seqlens: Tensor) -> int:
     """Tokens of the longest packed sequence."""
     return int(cu_seqlens.diff().max())
