@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs a network
+torch.set_num_threads(1)  # shapes are too small to share
 
 
 @pytest.fixture(autouse=True)
