@@ -21,6 +21,6 @@ def check_shape(
 ) -> None:
     """Rejects a tensor unless its sizes are `sizes`; -1 stands for any size."""
     if tensor.dim() != len(sizes) or any(
-        size not in (-1, actual) for size, actual in zip(sizes, tensor.shape, strict=True)
+        size != -1 and size != actual for size, actual in zip(sizes, tensor.shape, strict=True)
     ):
         reject(owner, argument, f"of shape {expected}", tensor)
