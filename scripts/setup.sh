@@ -15,7 +15,8 @@ case "${1:-}" in
   build)
     system=(g++ libhwy-dev nlohmann-json3-dev libcli11-dev libsentencepiece-dev libgtest-dev
             python3-venv)
-    python=(torch==2.11.0 numpy matplotlib)
+    python=(torch==2.11.0 transformers==5.23.0 numpy matplotlib scikit-build-core pytest accelerate
+            peft mkdocs-material mkdocstrings-python)
     ;;
   lint)
     system=(clang-tidy shellcheck)
@@ -73,4 +74,9 @@ add_build_tools
 echo "setup: ${python[*]} in .venv"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "${python[@]}" ||
   fail "pip could not install ${python[*]}: is there a network, and room on the disk (8 GB)?"
+if [[ $1 == build ]]; then
+  # The Python package as it lies here, which finds the library that CMake builds.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --no-build-isolation -C wheel.cmake=false --editable . || fail "pip could not install python/"
+fi
 echo "$state" > "$stamp"
