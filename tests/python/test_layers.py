@@ -255,6 +255,11 @@ def test_wrong_dtype_of_input(layer):
         layer(torch.randn(1, 6, 32, dtype=torch.float64))
 
 
+def test_wrong_device_of_input(layer):
+    with pytest.raises(ValueError, match="hidden_states must be on cpu like the weights"):
+        layer(torch.randn(1, 6, 32, device="meta"))
+
+
 def test_unknown_argument():
     with pytest.raises(TypeError, match="head_first"):
         gated()(torch.randn(1, 6, 32), head_first=True)

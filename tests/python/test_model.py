@@ -197,14 +197,16 @@ def test_hidden_states_and_tuples(tiny_model):
 
 def test_gradient_checkpointing(tiny_model, kind):
     model, ids = tiny_model(**kind).train(), tokens(2, 20)
-    gradients = []
+    gradients, runs = [], []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(None))
     for reentrant in (None, False, True):
         if reentrant is not None:
             options = {"use_reentrant": reentrant}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-            assert model.is_gradient_checkpointing
         model.zero_grad()
+        runs.clear()
         model(ids, labels=ids).loss.backward()
+        assert len(runs) == (1 if reentrant is None else 2)  # once more in the backward
         gradients.append([p.grad.clone() for p in model.parameters()])
     for again in gradients[1:]:
         torch.testing.assert_close(again, gradients[0], rtol=0, atol=0)

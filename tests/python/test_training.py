@@ -50,6 +50,7 @@ def test_trainer_learns(tiny_config, tmp_path, options):
     run = trainer(GatedDeltaNetForCausalLM(tiny_config()), tmp_path, **options)
     run.train()
     assert losses(run)[-1] < 0.75 * losses(run)[0]
+    assert run.evaluate(dataset()[:3])["eval_loss"] < losses(run)[0]
 
 
 def test_trainer_resumes(tiny_config, tmp_path):

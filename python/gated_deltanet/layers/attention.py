@@ -98,7 +98,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         lengths = torch.full((B,), T) if cu_seqlens is None else cu_seqlens.diff().cpu().long()
-        if cache is not None and cache.attn_tokens is not None:
+        if cache is not None and cache.attn_tokens is not None and cache.attn_key is not None:
             check_cached(type(self).__name__, "attn_tokens", cache.attn_tokens, (len(lengths),))
             sizes = (len(lengths), self.num_kv_heads, *cache.attn_key.shape[2:3], self.head_dim)
             check_cached(type(self).__name__, "attn_key", cache.attn_key, sizes)

@@ -99,8 +99,8 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32))
         # As flash-linear-attention marks parameters for optimisers that look for it.
-        self.A_log._no_weight_decay = True
-        self.dt_bias._no_weight_decay = True
+        for parameter in (self.A_log, self.dt_bias):
+            setattr(parameter, "_no_weight_decay", True)  # noqa: B010 (unknown to type checkers)
         if use_short_conv:
             self.q_conv1d = ShortConvolution(key_dim, conv_size, conv_bias)
             self.k_conv1d = ShortConvolution(key_dim, conv_size, conv_bias)

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from gated_deltanet.modules.autocast import cast_for_autocast
+from gated_deltanet.modules.autocast import autocasts, cast_for_autocast
 from gated_deltanet.ops.utils import check_cu_seqlens, check_shape, find_padding, reject
 
 
@@ -24,10 +23,14 @@ def mix_packed(
     what hidden_states are multiplied by first.
     """
     check_shape(owner, "hidden_states", hidden_states, (-1, -1, hidden_size), "[B, T, hidden_size]")
-    x = cast_for_autocast(hidden_states)
-    casts = torch.is_autocast_enabled(x.device.type) or not weight.is_floating_point()
+    # Weights on the meta device are those that accelerate loads when they are needed.
+    x = hidden_states
+    if weight.device != x.device and not weight.is_meta:
+        reject(owner, "hidden_states", f"on {weight.device} like the weights", hidden_states)
+    casts = autocasts(x) or not weight.is_floating_point()
     if weight.dtype != x.dtype and not casts:
         reject(owner, "hidden_states", f"{weight.dtype} like the weights", hidden_states)
+    x = cast_for_autocast(x)
     if cu_seqlens is not None:
         if attention_mask is not None:
             reject(owner, "attention_mask", "None with cu_seqlens", attention_mask)

@@ -2,7 +2,11 @@
 
 from gated_deltanet.modules.autocast import cast_for_autocast
 from gated_deltanet.modules.gated_mlp import GatedMLP
-from gated_deltanet.modules.loss import causal_lm_loss, next_token_targets
+from gated_deltanet.modules.loss import (
+    next_token_targets,
+    token_cross_entropy,
+    token_linear_cross_entropy,
+)
 from gated_deltanet.modules.norm import FusedRMSNormGated, RMSNorm
 from gated_deltanet.modules.rotary import RotaryEmbedding
 from gated_deltanet.modules.short_convolution import ShortConvolution
@@ -14,6 +18,7 @@ __all__ = [
     "RotaryEmbedding",
     "ShortConvolution",
     "cast_for_autocast",
-    "causal_lm_loss",
     "next_token_targets",
+    "token_cross_entropy",
+    "token_linear_cross_entropy",
 ]

@@ -22,35 +22,37 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tens
     return targets
 
 
-def causal_lm_loss(
-    targets: Tensor,
-    *,
-    logits: Tensor | None = None,
-    hidden: Tensor | None = None,
-    weight: Tensor | None = None,
-    fused: bool = True,
-    count: Tensor | int | None = None,
+def token_cross_entropy(
+    logits: Tensor, targets: Tensor, fused: bool = True, count: Tensor | int | None = None
 ) -> Tensor:
-    """Mean cross-entropy, a scalar fp32, of logits, or of hidden states and the output projection.
+    """Mean cross-entropy, a scalar fp32.
 
     Args:
+        logits: [M, vocabulary].
         targets: [M] int64; IGNORE_INDEX (-100) counts nothing.
-        logits: [M, vocabulary]; or else both of the next two.
-        hidden: [M, D].
-        weight: [vocabulary, D]. The logits of a few rows at a time are held.
-        fused: our operator for logits; otherwise torch's, in fp32.
+        fused: our operator; otherwise torch's, in fp32.
         count: what the sum is divided by; the number of counted targets when absent. Trainer gives
             that of all batches of one step.
     """
     reduction = "mean" if count is None else "sum"
-    if logits is None:
-        loss = linear_cross_entropy(
-            cast_for_autocast(hidden), cast_for_autocast(weight), targets, reduction=reduction
-        )
-    elif fused:
+    if fused:
         loss = cross_entropy(logits, targets, reduction=reduction)
     else:
         loss = nn.functional.cross_entropy(
             logits.float(), targets, ignore_index=IGNORE_INDEX, reduction=reduction
         )
+    return loss if count is None else loss / count
+
+
+def token_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor | int | None = None
+) -> Tensor:
+    """token_cross_entropy of hidden [M, D] and the projection's weight [vocabulary, D].
+
+    The logits of a few rows at a time are held; in autocast's dtype where autocast is on.
+    """
+    reduction = "mean" if count is None else "sum"
+    loss = linear_cross_entropy(
+        cast_for_autocast(hidden), cast_for_autocast(weight), targets, reduction=reduction
+    )
     return loss if count is None else loss / count

@@ -41,8 +41,8 @@ class ShortConvolution(nn.Module):
             output_final_state: whether the inputs before the next token are wanted.
         """
         taps = self.weight.squeeze(1)
-        in_place = state is not None and output_final_state and cu_seqlens is None
-        if in_place and not torch.is_grad_enabled():
+        in_place = output_final_state and cu_seqlens is None and not torch.is_grad_enabled()
+        if state is not None and in_place:
             return causal_conv1d_update(x, state, taps, self.bias, "silu"), state
         return causal_conv1d(x, taps, self.bias, "silu", state, output_final_state, cu_seqlens)
 

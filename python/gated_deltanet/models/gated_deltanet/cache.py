@@ -26,7 +26,7 @@ class GatedDeltaNetCache(Cache):
         4
     """
 
-    layers: list[LayerCache]
+    layers: list[LayerCache]  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__(layers=[])

@@ -152,7 +152,8 @@ class GatedDeltaNetConfig(PreTrainedConfig):
         """The MLP's intermediate size, whether given or derived."""
         if self.intermediate_size is not None:
             return self.intermediate_size
-        return -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
+        ratio = 4 if self.hidden_ratio is None else self.hidden_ratio
+        return -(-int(self.hidden_size * ratio * 2 / 3) // 256) * 256
 
     def attention_of(self, layer: int) -> dict[str, Any] | None:
         """The attention of a layer, or None for Gated DeltaNet."""

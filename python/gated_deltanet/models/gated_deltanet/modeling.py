@@ -1,6 +1,6 @@
 """Gated DeltaNet as a body and as a causal language model of transformers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from gated_deltanet.models.gated_deltanet.inputs import (
     refuse_unknown,
 )
 from gated_deltanet.modules import (
+    FusedRMSNormGated,
     GatedMLP,
     RMSNorm,
     ShortConvolution,
-    causal_lm_loss,
     next_token_targets,
+    token_cross_entropy,
+    token_linear_cross_entropy,
 )
 from gated_deltanet.modules.loss import IGNORE_INDEX
 from gated_deltanet.ops.utils import check_shape, find_padding, reject
@@ -79,9 +81,9 @@ class GatedDeltaNetPreTrainedModel(PreTrainedModel):
     config_class = GatedDeltaNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("GatedDeltaNetBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("A_log", "dt_bias")
+    _no_split_modules: ClassVar = ["GatedDeltaNetBlock"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias"]
     _supports_sdpa = True
     _is_stateful = True  # a state cannot forget, as assisted generation needs
 
@@ -90,14 +92,14 @@ class GatedDeltaNetPreTrainedModel(PreTrainedModel):
         deviation = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding, ShortConvolution)):
             initialization.normal_(module.weight, 0.0, deviation)
-            if getattr(module, "bias", None) is not None:
-                initialization.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                initialization.zeros_(bias)
         elif isinstance(module, GatedDeltaNet):
             fresh = GatedDeltaNet(8, 1.0, 8, module.num_heads, module.num_v_heads)
             initialization.copy_(module.A_log, fresh.A_log)
             initialization.copy_(module.dt_bias, fresh.dt_bias)
-        elif hasattr(module, "weight"):
-            initialization.ones_(module.weight)  # norms
+        elif isinstance(module, (RMSNorm, FusedRMSNormGated)):
+            initialization.ones_(module.weight)
 
 
 class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
@@ -119,7 +121,7 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
     @can_return_tuple
@@ -165,16 +167,10 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
         name = type(self).__name__
         refuse_unknown(name, kwargs, FLATTENING_KEYS)
         refuse_attentions(name, output_attentions)
-        if (input_ids is None) == (inputs_embeds is None):
-            reject(name, "input_ids", "given, or else inputs_embeds", "both or neither")
-        if inputs_embeds is None:
-            check_ids(name, "input_ids", input_ids, self.config.vocab_size)
-            inputs_embeds = self.embeddings(input_ids)
-        sizes = (-1, -1, self.config.hidden_size)
-        check_shape(name, "inputs_embeds", inputs_embeds, sizes, "[B, T, hidden_size]")
+        hidden_states = self._embed(input_ids, inputs_embeds)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        B, T = inputs_embeds.shape[:2]
+        B, T = hidden_states.shape[:2]
         if past_key_values is None and attention_mask is None:
             cu_seqlens = packed_boundaries(name, cu_seqlens, kwargs, position_ids, B, T)
         cache = self._cache(past_key_values, use_cache, packed=cu_seqlens is not None)
@@ -185,7 +181,6 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
             if cu_seqlens is not None:
                 reject(name, "attention_mask", "None with cu_seqlens", attention_mask)
             padding = find_padding(name, attention_mask, B, T)
-        hidden_states = inputs_embeds
         if padding is not None:
             hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
 
@@ -199,12 +194,26 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
             collected[-1] = hidden_states
         if cache is not None:
             cache.seen_tokens += T
-        restore = (lambda x: x) if padding is None else padding.repad
+
+        def restore(x: Tensor) -> Tensor:
+            return x if padding is None else padding.repad(x)
+
         return BaseModelOutputWithPast(
             last_hidden_state=restore(hidden_states),
             past_key_values=cache,
             hidden_states=tuple(map(restore, collected)) if output_hidden_states else None,
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        name = type(self).__name__
+        if input_ids is not None and inputs_embeds is None:
+            check_ids(name, "input_ids", input_ids, self.config.vocab_size)
+            return self.embeddings(input_ids)
+        if inputs_embeds is None or input_ids is not None:
+            reject(name, "input_ids", "given, or else inputs_embeds", "both or neither")
+        sizes = (-1, -1, self.config.hidden_size)
+        check_shape(name, "inputs_embeds", inputs_embeds, sizes, "[B, T, hidden_size]")
+        return inputs_embeds
 
     def _cache(
         self, past_key_values: GatedDeltaNetCache | None, use_cache: bool | None, packed: bool
@@ -248,7 +257,7 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         torch.Size([2, 9])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (as there)
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
@@ -260,13 +269,13 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
     def _prepare_cache_for_generation(
@@ -348,14 +357,15 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 tokens = attention_mask[:, -labels.shape[1] :] != 0
                 targets = targets.masked_fill(~tokens, IGNORE_INDEX)
+            targets, count = targets.flatten(), num_items_in_batch
             if self.config.fuse_linear_cross_entropy:
-                rows = {"hidden": hidden_states.flatten(0, 1), "weight": self.lm_head.weight}
+                rows = hidden_states.flatten(0, 1)
+                loss = token_linear_cross_entropy(rows, self.lm_head.weight, targets, count)
             else:
                 logits = self.lm_head(hidden_states)
-                rows = {"logits": logits.flatten(0, 1)}
+                rows, fused = logits.flatten(0, 1), self.config.fuse_cross_entropy
+                loss = token_cross_entropy(rows, targets, fused, count)
                 logits = slice_logits_to_keep(logits, logits_to_keep)
-            fused = self.config.fuse_cross_entropy
-            loss = causal_lm_loss(targets.flatten(), **rows, fused=fused, count=num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
