@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <map>
 #include <regex>
 #include <set>
@@ -12,6 +11,7 @@
 
 #include <gdn/models/atomic_file.h>
 #include <gdn/models/checkpoint.h>
+#include <gdn/models/model_folder.h>
 #include <gdn/models/safetensors.h>
 
 namespace gdn {
@@ -21,9 +21,6 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
-constexpr const char* kConfigFile = "config.json";
-constexpr const char* kWeightsFile = "model.safetensors";
-constexpr const char* kIndexFile = "model.safetensors.index.json";
 constexpr const char* kHeadKey = "lm_head.weight";
 
 bool is_shard_name(const std::string& name) {
@@ -99,70 +96,6 @@ void save_shards(const fs::path& folder, const std::vector<NamedTensors>& shards
   remove_shards_except(folder, names);
 }
 
-json read_json(const fs::path& file) {
-  std::ifstream stream(file);
-  if (!stream) throw std::runtime_error(file.string() + ": cannot be read");
-  try {
-    return json::parse(stream);
-  } catch (const json::exception& error) {
-    throw std::runtime_error(file.string() + ": not JSON: " + error.what());
-  }
-}
-
-/// A tensor of a checkpoint and the file that holds it.
-struct StoredTensor {
-  at::Tensor tensor;
-  fs::path file;
-};
-
-void add_file(const fs::path& file, std::map<std::string, StoredTensor>& weights) {
-  const SafetensorsFile stored(file);
-  for (const std::string& name : stored.names()) {
-    if (!weights.try_emplace(name, StoredTensor{stored.tensor(name), file}).second) {
-      throw std::runtime_error(file.string() + ": holds tensor \"" + name +
-                               "\", as another shard does");
-    }
-  }
-}
-
-/// The weights of a folder, and in `listed` the file that lists them, for messages.
-std::map<std::string, StoredTensor> read_weights(const fs::path& folder, fs::path& listed) {
-  std::map<std::string, StoredTensor> weights;
-  listed = folder / kWeightsFile;
-  if (fs::exists(listed)) {
-    add_file(listed, weights);
-    return weights;
-  }
-  if (!fs::exists(folder / kIndexFile)) {
-    throw std::runtime_error(folder.string() + ": holds neither " + kWeightsFile + " nor " +
-                             kIndexFile);
-  }
-  listed = folder / kIndexFile;
-  const json index = read_json(listed);
-  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
-    throw std::runtime_error(listed.string() + ": has no object weight_map");
-  }
-  std::set<std::string> shards;
-  for (const auto& [key, shard] : index["weight_map"].items()) {
-    const bool plain = shard.is_string() &&
-                       fs::path(shard.get<std::string>()).filename() == shard.get<std::string>();
-    if (!plain) {
-      throw std::runtime_error(listed.string() + ": weight_map must give \"" + key +
-                               "\" a file of this folder, got " + shard.dump());
-    }
-    shards.insert(shard.get<std::string>());
-  }
-  for (const std::string& shard : shards) add_file(folder / shard, weights);
-  for (const auto& [key, shard] : index["weight_map"].items()) {
-    const auto found = weights.find(key);
-    if (found == weights.end() || found->second.file.filename() != shard.get<std::string>()) {
-      throw std::runtime_error((folder / shard.get<std::string>()).string() +
-                               ": holds no tensor \"" + key + "\", as " + kIndexFile + " says");
-    }
-  }
-  return weights;
-}
-
 std::string shape_text(const at::Tensor& tensor) {
   std::ostringstream text;
   text << tensor.sizes();
@@ -211,7 +144,8 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
     if (found == weights.end()) {
       throw std::runtime_error(listed.string() + ": tensor \"" + key + "\" is missing");
     }
-    const auto& [stored, file] = found->second;
+    const at::Tensor& stored = found->second.tensor;
+    const fs::path& file = found->second.file;
     if (stored.sizes() != named.value().sizes()) {
       throw std::runtime_error(file.string() + ": tensor \"" + key + "\" must have shape " +
                                shape_text(named.value()) + " for this config.json, got " +

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -8,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include <gdn/models/config.h>
+#include <gdn/models/model_folder.h>
 
 namespace gdn {
 namespace {
@@ -332,14 +332,7 @@ json config_to_json(const GatedDeltaNetConfig& config) {
 }
 
 GatedDeltaNetConfig read_config(const std::filesystem::path& file) {
-  std::ifstream stream(file);
-  if (!stream) throw std::runtime_error(file.string() + ": cannot be read");
-  json object;
-  try {
-    object = json::parse(stream);
-  } catch (const json::exception& error) {
-    throw std::runtime_error(file.string() + ": not JSON: " + error.what());
-  }
+  const json object = read_json(file);
   try {
     return config_from_json(object);
   } catch (const std::invalid_argument& error) {

@@ -188,7 +188,8 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) {
     check_layout(entries, data_bytes);
     for (const Entry& entry : entries) {
       names_.push_back(entry.name);
-      tensors_[entry.name] = view_entry(entry, data, mapping);
+      tensors_[entry.name] = {view_entry(entry, data, mapping),
+                              sizeof header_bytes + header_bytes + entry.begin};
     }
   } catch (const Malformed& error) {
     throw std::runtime_error(file.string() + ": " + error.what());
@@ -196,13 +197,17 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& file) {
   file_ = file;
 }
 
-at::Tensor SafetensorsFile::tensor(const std::string& name) const {
+const SafetensorsFile::Stored& SafetensorsFile::stored(const std::string& name) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) {
     throw std::runtime_error(file_.string() + ": holds no tensor \"" + name + '"');
   }
   return found->second;
 }
+
+at::Tensor SafetensorsFile::tensor(const std::string& name) const { return stored(name).tensor; }
+
+uint64_t SafetensorsFile::offset(const std::string& name) const { return stored(name).offset; }
 
 void write_safetensors(const std::filesystem::path& file,
                        const std::vector<std::pair<std::string, at::Tensor>>& tensors,

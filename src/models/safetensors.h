@@ -23,12 +23,20 @@ class SafetensorsFile {
   bool contains(const std::string& name) const { return tensors_.count(name) != 0; }
   /// A read-only view; clone before writing.
   at::Tensor tensor(const std::string& name) const;
+  /// Where the tensor's bytes begin, counted from the file's beginning.
+  uint64_t offset(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:
+  struct Stored {
+    at::Tensor tensor;
+    uint64_t offset = 0;
+  };
+  const Stored& stored(const std::string& name) const;
+
   std::filesystem::path file_;
   std::vector<std::string> names_;
-  std::map<std::string, at::Tensor> tensors_;
+  std::map<std::string, Stored> tensors_;
   std::map<std::string, std::string> metadata_;
 };
 
