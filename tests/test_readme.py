@@ -34,7 +34,7 @@ class Readme(unittest.TestCase):
 
     def test_options_exist(self):
         commands = re.findall(
-            r"(?m)^(?:\S+/)?gdn (train|generate|eval|info)((?:.*\\\n)*.*)", README
+            r"(?m)^(?:\S+/)?gdn (train|generate|eval|convert|info)((?:.*\\\n)*.*)", README
         )
         self.assertGreater(len(commands), 2)
         for command, rest in commands:

@@ -15,6 +15,7 @@ using Action = std::function<void()>;
 Action add_train(CLI::App& app);
 Action add_generate(CLI::App& app);
 Action add_eval(CLI::App& app);
+Action add_convert(CLI::App& app);
 Action add_info(CLI::App& app);
 
 }  // namespace gdn::cli

@@ -32,6 +32,8 @@ constexpr std::array kCommands = {
     Command{"train", "Trains a Gated DeltaNet language model, or resumes a run.", add_train},
     Command{"generate", "Continues prompts with a trained model.", add_generate},
     Command{"eval", "Measures a model's loss, perplexity and bits per byte on text.", add_eval},
+    Command{"convert", "Converts Gated DeltaNet layers of transformers' models to ours, and back.",
+            add_convert},
     Command{"info", "Shows versions, devices, and which kernels are chosen.", add_info},
 };
 

@@ -76,7 +76,7 @@ class CommandTest(unittest.TestCase):
 
 class Usage(CommandTest):
     def test_help_everywhere(self):
-        for command in ([], ["train"], ["generate"], ["eval"], ["info"]):
+        for command in ([], ["train"], ["generate"], ["eval"], ["convert"], ["info"]):
             text = self.assert_succeeds(gdn(*command, "--help")).decode()
             self.assertIn("Usage: gdn", text)
         self.assertIn("1000", self.assert_succeeds(gdn("train", "--help")).decode())
@@ -91,6 +91,7 @@ class Usage(CommandTest):
             ["train"],
             ["generate", "--model", MODEL],
             ["eval", "--model", MODEL, "--data", TEXT],
+            ["convert", "--model", MODEL, "--out", self.folder / "run"],
             ["info"],
         ):
             self.assert_fails(gdn(*command, "--no-such"), 2, f"gdn {command[0]}", "--no-such")
@@ -98,6 +99,7 @@ class Usage(CommandTest):
         self.assert_fails(gdn("eval", "--model", MODEL), 2, "--data")
         self.assert_fails(gdn("train", "--data", TEXT), 2, "out")
         self.assert_fails(gdn("train", "--out", self.folder / "run"), 2, "data")
+        self.assert_fails(gdn("convert", "--model", MODEL), 2, "--out")
         self.assert_fails(train(self.folder / "run", "--lr", "fast"), 2, "--lr", "fast")
         self.assert_fails(train(self.folder / "run", "--preset", "huge"), 2, "huge")
         self.assert_fails(train(self.folder / "run", "--batch-size", "0"), 2, "batch")
@@ -349,6 +351,23 @@ class Eval(CommandTest):
     def test_missing_data(self):
         missing = self.folder / "missing"
         self.assert_fails(gdn("eval", "--model", MODEL, "--data", missing), 1, missing)
+
+
+class Convert(CommandTest):
+    """Conversions that succeed are in tests/models/test_convert.cpp and tests/compat."""
+
+    def convert(self, model, *more):
+        return gdn("convert", "--model", model, "--out", self.folder / "out", *more)
+
+    def test_only_models_of_transformers(self):
+        self.assert_fails(self.convert(MODEL), 1, "config.json", "model_type", "gated_deltanet")
+        self.assert_fails(self.convert(self.folder / "none"), 1, self.folder / "none")
+        self.assert_fails(self.convert(MODEL, "--base", MODEL), 2, "--base")
+        layers = self.folder / "layers"
+        layers.mkdir()
+        (layers / "config.json").write_text('{"model_type": "gated_deltanet_layers"}')
+        self.assert_fails(self.convert(layers), 2, "--base")
+        self.assertFalse((self.folder / "out").exists())
 
 
 class Info(CommandTest):
