@@ -16,7 +16,7 @@ case "${1:-}" in
     system=(g++ libhwy-dev nlohmann-json3-dev libcli11-dev libsentencepiece-dev libgtest-dev
             python3-venv)
     python=(torch==2.11.0 transformers==5.23.0 numpy matplotlib scikit-build-core pytest accelerate
-            peft mkdocs-material mkdocstrings-python)
+            peft mkdocs-material mkdocstrings-python hatchling lm_eval)
     ;;
   lint)
     system=(clang-tidy shellcheck)
@@ -78,5 +78,7 @@ if [[ $1 == build ]]; then
   # The Python package as it lies here, which finds the library that CMake builds.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
     --no-build-isolation -C wheel.cmake=false --editable . || fail "pip could not install python/"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --no-build-isolation --editable compat/fla || fail "pip could not install compat/fla"
 fi
 echo "$state" > "$stamp"
