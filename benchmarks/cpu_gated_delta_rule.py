@@ -12,10 +12,11 @@ import sys
 import torch
 import transformers
 from support.timing import print_header, report
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
+from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+# The PyTorch code itself: the names alone are our operators where compat/fla is installed.
+torch_chunk_gated_delta_rule = modeling.torch_chunk_gated_delta_rule.__wrapped__
+torch_recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule.__wrapped__
 
 
 def make_inputs(args, dtype, tokens):
