@@ -7,6 +7,7 @@ import torch
 
 from gated_deltanet.layers import Attention, GatedDeltaNet, LayerCache
 from gated_deltanet.models import GatedDeltaNetCache
+from gated_deltanet.modules import RotaryEmbedding
 
 VARIANTS = {
     "default": {},
@@ -265,3 +266,10 @@ def test_unknown_argument():
         gated()(torch.randn(1, 6, 32), head_first=True)
     with pytest.raises(TypeError, match="fuse"):
         gated(fuse=True)
+
+
+def test_rotation_by_far_positions():
+    """Only distances count, also ten million tokens in, where fp32 cannot tell neighbours."""
+    rotary, far = RotaryEmbedding(8), 10_000_001
+    angles = rotary.angles(torch.tensor([[far, far + 1, 1]]))[0]
+    torch.testing.assert_close(angles[1] - angles[0], angles[2], rtol=0, atol=1e-8)
