@@ -44,12 +44,9 @@ struct Norm {
 
   Buffers forward(const Buffers& inputs, Implementation implementation,
                   ParallelFor parallel_for) const {
-    Buffers outputs = {Buffer(inputs[0].dtype(), M * stride())};
-    NormForward p;
-    fill(p, inputs, parallel_for);
-    p.y = {outputs[0].data(), stride()};
-    implementation == Implementation::simd ? cpu::norm(p) : reference::norm<double>(p);
-    return outputs;
+    const bool simd = implementation == Implementation::simd;
+    return forward_rows<NormForward>(*this, inputs, parallel_for,
+                                     simd ? cpu::norm : reference::norm<double>);
   }
 
   Buffers backward(const Buffers& inputs, const Buffers& d_outputs, Implementation implementation,

@@ -32,12 +32,9 @@ struct Swiglu {
 
   Buffers forward(const Buffers& inputs, Implementation implementation,
                   ParallelFor parallel_for) const {
-    Buffers outputs = {Buffer(inputs[0].dtype(), M * stride())};
-    SwigluForward p;
-    fill(p, inputs, parallel_for);
-    p.y = {outputs[0].data(), stride()};
-    implementation == Implementation::simd ? cpu::swiglu(p) : reference::swiglu<double>(p);
-    return outputs;
+    const bool simd = implementation == Implementation::simd;
+    return forward_rows<SwigluForward>(*this, inputs, parallel_for,
+                                       simd ? cpu::swiglu : reference::swiglu<double>);
   }
 
   Buffers backward(const Buffers& inputs, const Buffers& d_outputs, Implementation implementation,

@@ -104,6 +104,18 @@ inline void backwards_on_two_threads(int64_t count,
 //   double roundings() const;                bound on fp32 roundings, see expect_simd_matches
 enum class Implementation { reference, simd };
 
+/// y of a kernel that maps M rows of D elements, stride() apart, to as many; `run` computes it.
+template <typename Forward, typename Kernel>
+Buffers forward_rows(const Kernel& kernel, const Buffers& inputs, ParallelFor parallel_for,
+                     void (*run)(const Forward&)) {
+  Buffers outputs = {Buffer(inputs[0].dtype(), kernel.M * kernel.stride())};
+  Forward p;
+  kernel.fill(p, inputs, parallel_for);
+  p.y = {outputs[0].data(), kernel.stride()};
+  run(p);
+  return outputs;
+}
+
 inline Buffers random_gradients(const Buffers& outputs) {
   Buffers gradients;
   for (const Buffer& output : outputs) {
