@@ -51,7 +51,7 @@ void edit_weights(const fs::path& folder, Change&& change) {
 
 TEST(Checkpoint, RoundTripIsBitEqual) {
   for (const bool tied : {false, true}) {
-    const TemporaryFolder folder;
+    const TestFolder folder;
     GatedDeltaNetConfig config = hybrid_config();
     config.tie_word_embeddings = tied;
     GatedDeltaNetForCausalLM model = make_model(config);
@@ -68,7 +68,7 @@ TEST(Checkpoint, RoundTripIsBitEqual) {
 }
 
 TEST(Checkpoint, ShardsWithAnIndex) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(hybrid_config());
   save_pretrained(model, folder.path(), 20'000);
   const auto names = files(folder.path());
@@ -82,7 +82,7 @@ TEST(Checkpoint, ShardsWithAnIndex) {
 }
 
 TEST(Checkpoint, SavingAgainLeavesNothingOfTheOldOne) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(tiny_config());
   for (const int64_t shard : {20'000L, 20'000L, 30'000L, kMaxShardBytes, 20'000L}) {
     {
@@ -108,7 +108,7 @@ TEST(Checkpoint, SavingAgainLeavesNothingOfTheOldOne) {
 }
 
 TEST(Checkpoint, DtypeIsTheFilesOrTheCallers) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(tiny_config());
   save_pretrained(model, folder / "wide");
   model->to(torch::kBFloat16);
@@ -124,7 +124,7 @@ TEST(Checkpoint, DtypeIsTheFilesOrTheCallers) {
 /// flash-linear-attention names the same keys; its bf16 checkpoints hold bf16 gates, and some
 /// writers repeat tied embeddings.
 TEST(Checkpoint, LoadsForeignFolders) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetConfig config = tiny_config();
   config.tie_word_embeddings = true;
   GatedDeltaNetForCausalLM model = make_model(config);
@@ -152,7 +152,7 @@ TEST(Checkpoint, LoadsForeignFolders) {
 }
 
 TEST(Checkpoint, MistakesNameFileAndKey) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(tiny_config());
   const auto weights = (folder / "model.safetensors").string();
   const auto message_after = [&](auto change) {
@@ -181,7 +181,7 @@ TEST(Checkpoint, MistakesNameFileAndKey) {
 }
 
 TEST(Checkpoint, HostileIndexes) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(tiny_config());
   save_pretrained(model, folder.path(), 20'000);
   const auto path = folder / "model.safetensors.index.json";

@@ -132,7 +132,7 @@ INSTANTIATE_TEST_SUITE_P(
                  "unknown configuration key attn.windows"}));
 
 TEST(Config, FileErrorsNameTheFile) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const auto file = folder / "config.json";
   EXPECT_EQ(message_of<std::runtime_error>([&] { read_config(file); }),
             file.string() + ": cannot be read");

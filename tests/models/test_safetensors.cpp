@@ -2,8 +2,6 @@
 #include <chrono>
 #include <csignal>
 #include <cstring>
-#include <fstream>
-#include <sstream>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <thread>
@@ -16,16 +14,6 @@
 namespace gdn::testing {
 namespace {
 
-std::string read_bytes(const std::filesystem::path& file) {
-  std::ostringstream bytes;
-  bytes << std::ifstream(file, std::ios::binary).rdbuf();
-  return bytes.str();
-}
-
-void write_bytes(const std::filesystem::path& file, const std::string& bytes) {
-  std::ofstream(file, std::ios::binary) << bytes;
-}
-
 /// A file of this header and `data_bytes` zeros.
 std::string with_header(const std::string& header, size_t data_bytes) {
   const uint64_t length = header.size();
@@ -34,7 +22,7 @@ std::string with_header(const std::string& header, size_t data_bytes) {
 }
 
 TEST(Safetensors, RoundTripsEveryDtype) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   std::vector<std::pair<std::string, at::Tensor>> tensors;
   for (const auto type :
        {torch::kBool, torch::kByte, torch::kChar, torch::kShort, torch::kInt, torch::kLong,
@@ -56,7 +44,7 @@ TEST(Safetensors, RoundTripsEveryDtype) {
 }
 
 TEST(Safetensors, TensorsOutliveTheFileObject) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const at::Tensor x = torch::randn({100});
   write_safetensors(folder / "x", {{"x", x}});
   at::Tensor kept;
@@ -68,13 +56,13 @@ TEST(Safetensors, TensorsOutliveTheFileObject) {
 }
 
 TEST(Safetensors, ReadsUnalignedData) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const std::string header = R"({"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} )";
   ASSERT_NE(header.size() % 4, 0U);
   std::string bytes = with_header(header, 8);
   const float values[2] = {1.5F, -2.0F};
   std::memcpy(bytes.data() + bytes.size() - 8, values, 8);
-  write_bytes(folder / "x", bytes);
+  folder.write("x", bytes);
   EXPECT_TRUE(
       torch::equal(SafetensorsFile(folder / "x").tensor("x"), torch::tensor({1.5F, -2.0F})));
 }
@@ -88,12 +76,12 @@ struct Hostile {
 class HostileFile : public ::testing::TestWithParam<Hostile> {};
 
 TEST_P(HostileFile, GivesOneErrorThatNamesIt) {
-  const TemporaryFolder folder;
-  const auto path = folder / "bad.safetensors";
-  write_bytes(path, with_header(GetParam().header, GetParam().data_bytes));
+  const TestFolder folder;
+  const std::string path =
+      folder.write("bad.safetensors", with_header(GetParam().header, GetParam().data_bytes));
   const std::string message =
       message_of<std::runtime_error>([&] { const SafetensorsFile file(path); });
-  EXPECT_EQ(message.rfind(path.string() + ": ", 0), 0U) << message;
+  EXPECT_EQ(message.rfind(path + ": ", 0), 0U) << message;
   EXPECT_NE(message.find(GetParam().message), std::string::npos) << message;
 }
 
@@ -139,34 +127,34 @@ INSTANTIATE_TEST_SUITE_P(
                       Hostile{R"({"__metadata__":7})", 0, "__metadata__ must hold strings"}));
 
 TEST(Safetensors, RejectsWhatIsNoSuchFile) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const auto message = [&](const std::filesystem::path& path) {
     return message_of<std::runtime_error>([&] { const SafetensorsFile file(path); });
   };
   EXPECT_EQ(message(folder / "none"),
             (folder / "none").string() + ": cannot be read: No such file or directory");
   EXPECT_EQ(message(folder.path()), folder.path().string() + ": is not a regular file");
-  write_bytes(folder / "empty", "");
+  folder.write("empty", "");
   EXPECT_EQ(message(folder / "empty"),
             (folder / "empty").string() + ": is too short to be safetensors");
   for (const uint64_t length : {uint64_t{1}, uint64_t{100'000'001}, UINT64_MAX}) {
-    write_bytes(folder / "long", std::string(reinterpret_cast<const char*>(&length), 8));
+    folder.write("long", std::string(reinterpret_cast<const char*>(&length), 8));
     EXPECT_NE(message(folder / "long").find("passes the file's end"), std::string::npos);
   }
 }
 
 TEST(Safetensors, EveryTruncationIsAnError) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   write_safetensors(folder / "whole", {{"x", torch::randn({4})}, {"y", torch::randn({3})}});
-  const std::string bytes = read_bytes(folder / "whole");
+  const std::string bytes = test::read_file(folder / "whole");
   for (size_t length = 0; length < bytes.size(); ++length) {
-    write_bytes(folder / "cut", bytes.substr(0, length));
+    folder.write("cut", bytes.substr(0, length));
     EXPECT_THROW(const SafetensorsFile file(folder / "cut"), std::runtime_error) << length;
   }
 }
 
 TEST(Safetensors, WriterRejectsWhatItCannotWrite) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const at::Tensor x = torch::randn({2});
   EXPECT_NE(message_of<std::runtime_error>([&] {
               write_safetensors(folder / "x", {{"a", x}, {"a", x}});
@@ -192,7 +180,7 @@ pid_t in_child(Action&& action) {
 }
 
 TEST(AtomicWriting, KillAtAnyMomentLeavesALoadableFile) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const auto path = folder / "model.safetensors";
   const at::Tensor first = torch::full({400'000}, 1.0F), second = torch::full({300'000}, 2.0F);
   write_safetensors(path, {{"x", first}});
@@ -216,10 +204,10 @@ TEST(AtomicWriting, KillAtAnyMomentLeavesALoadableFile) {
 }
 
 TEST(AtomicWriting, FullDiskLeavesTheOldFile) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const auto path = folder / "model.safetensors";
   write_safetensors(path, {{"x", torch::ones({10})}});
-  const std::string before = read_bytes(path);
+  const std::string before = test::read_file(path);
   const at::Tensor large = torch::zeros({100'000});
   const pid_t child = in_child([&]() -> int {
     std::signal(SIGXFSZ, SIG_IGN);
@@ -236,25 +224,25 @@ TEST(AtomicWriting, FullDiskLeavesTheOldFile) {
   int status = 0;
   waitpid(child, &status, 0);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-  EXPECT_EQ(read_bytes(path), before);
+  EXPECT_EQ(test::read_file(path), before);
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
 }
 
 TEST(AtomicWriting, TwoWritersOfOneFileDoNotMix) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   AtomicFile first(folder / "x");
   EXPECT_EQ(message_of<std::runtime_error>([&] { AtomicFile second(folder / "x"); }),
             (folder / "x").string() + ": another process is writing it");
   first.write("whole");
   first.commit();
-  EXPECT_EQ(read_bytes(folder / "x"), "whole");
+  EXPECT_EQ(test::read_file(folder / "x"), "whole");
 }
 
 TEST(AtomicWriting, WithoutCommitNothingChanges) {
-  const TemporaryFolder folder;
-  write_bytes(folder / "x", "old");
+  const TestFolder folder;
+  folder.write("x", "old");
   { AtomicFile(folder / "x").write("new"); }
-  EXPECT_EQ(read_bytes(folder / "x"), "old");
+  EXPECT_EQ(test::read_file(folder / "x"), "old");
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
 }
 

@@ -1,9 +1,9 @@
 // Small configurations, inputs and comparisons that the tests of models share.
 #pragma once
 
-#include <filesystem>
 #include <string>
-#include <unistd.h>
+#include <support/files.h>
+#include <support/tensor.h>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -12,6 +12,9 @@
 #include <gdn/models/causal_lm.h>
 
 namespace gdn::testing {
+
+using test::message_of;
+using test::TestFolder;
 
 inline GatedDeltaNetConfig tiny_config() {
   GatedDeltaNetConfig config;
@@ -53,18 +56,10 @@ inline at::Tensor random_ids(const GatedDeltaNetConfig& config, int64_t B, int64
 /// fp32 sums in another order: a few hundred roundings, each of the values' size.
 inline constexpr double kReordered = 512 * 1.2e-7;
 
-/// Equal up to `tolerance` times the largest expected magnitude; NaN is never equal.
+/// Equal up to `tolerance` times the largest expected magnitude.
 inline void expect_close(const at::Tensor& got, const at::Tensor& expected,
                          double tolerance = kReordered) {
-  ASSERT_EQ(got.sizes(), expected.sizes());
-  if (got.numel() == 0) return;
-  const at::Tensor error = (got.to(torch::kDouble) - expected.to(torch::kDouble)).abs();
-  const double bound = tolerance * expected.abs().max().item<double>();
-  ASSERT_TRUE(got.isfinite().all().item<bool>()) << "not finite";
-  const auto worst = error.argmax().item<int64_t>();
-  EXPECT_LE(error.max().item<double>(), bound)
-      << "at flat position " << worst << ": got " << got.flatten()[worst].item<double>()
-      << ", expected " << expected.flatten()[worst].item<double>();
+  test::expect_close_to_finite(got, expected, tolerance);
 }
 
 /// The gradient of every parameter, and zeros where there is none.
@@ -75,37 +70,6 @@ inline std::vector<at::Tensor> gradients(GatedDeltaNetForCausalLM& model) {
                                                 : torch::zeros_like(parameter));
   }
   return result;
-}
-
-/// An empty folder that goes with the object.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "gdn-test-XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
-    path_ = name;
-  }
-  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
-
-/// What `action` throws as Error; fails the test when it throws nothing or another type.
-template <typename Error, typename Action>
-std::string message_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "nothing thrown";
-  return "";
 }
 
 }  // namespace gdn::testing

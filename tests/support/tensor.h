@@ -26,6 +26,17 @@ inline void expect_close(const at::Tensor& got, const at::Tensor& want, Toleranc
   expect_close(span(a), span(b), tolerance, name);
 }
 
+/// The largest magnitude; 0 of no elements.
+inline double largest(const at::Tensor& x) {
+  return x.numel() == 0 ? 0 : x.abs().max().item<double>();
+}
+
+/// expect_close within `relative` times the largest magnitude of `want`, which must be finite.
+inline void expect_close_to_finite(const at::Tensor& got, const at::Tensor& want, double relative) {
+  ASSERT_TRUE(want.isfinite().all().item<bool>()) << "expected tensor: not finite";
+  expect_close(got, want, relative * largest(want), "tensor");
+}
+
 /// d loss() / d x by central differences. x is a contiguous fp64 tensor that `loss` reads; loss
 /// returns a scalar tensor.
 template <typename Loss>
