@@ -1,6 +1,7 @@
 // The language model: keys, initial values, and the identities of packing, padding and caching.
 #include <ATen/autocast_mode.h>
 
+#include "models/plain_model.h"
 #include "models/tiny_models.h"
 
 namespace gdn::testing {
@@ -256,29 +257,42 @@ TEST(CausalLM, CheckpointingRespectsFrozenParametersAndGradOfLists) {
   for (size_t i = 0; i < plain.size(); ++i) EXPECT_TRUE(torch::equal(recomputed[i], plain[i]));
 }
 
+TEST(CausalLM, EqualsPlainOperators) {
+  const torch::NoGradGuard no_grad;
+  GatedDeltaNetConfig config = tiny_config();
+  config.conv_size = 3;
+  config.norm_eps = 1e-2;
+  GatedDeltaNetForCausalLM model = make_model(config);
+  for (const at::Tensor& parameter : model->parameters()) {  // not all norms alike
+    if (parameter.dim() == 1) parameter.mul_(1 + 0.3 * torch::randn_like(parameter));
+  }
+  const at::Tensor ids = random_ids(config, 2, 70);
+  const auto plain = [&](at::ScalarType dtype) {
+    return plain_logits(weights_of(*model, dtype), config, ids);
+  };
+  expect_as_good_as_plain(model->forward({.input_ids = ids}).logits, plain(torch::kFloat),
+                          plain(torch::kDouble));
+}
+
 TEST(CausalLM, NarrowModelsKeepGatesWide) {
-  GatedDeltaNetForCausalLM model = make_model(tiny_config());
-  const at::Tensor ids = random_ids(tiny_config(), 2, 40);
-  const at::Tensor expected = model->forward({.input_ids = ids}).logits;
+  const torch::NoGradGuard no_grad;
+  const GatedDeltaNetConfig config = tiny_config();
+  GatedDeltaNetForCausalLM model = make_model(config);
+  const at::Tensor ids = random_ids(config, 2, 40);
   model->to(torch::kBFloat16);
   for (const auto& named : model->named_parameters()) {
     const bool gate = named.key().ends_with("A_log") || named.key().ends_with("dt_bias");
     EXPECT_EQ(named.value().scalar_type(), gate ? torch::kFloat : torch::kBFloat16);
   }
-  const torch::NoGradGuard no_grad;
-  const at::Tensor whole = model->forward({.input_ids = ids}).logits;
-  EXPECT_EQ(whole.scalar_type(), torch::kBFloat16);
-  const auto relative_error = [&](const at::Tensor& logits) {
-    return ((logits.to(torch::kFloat) - expected).norm() / expected.norm()).item<double>();
-  };
-  // A value is rounded some 24 times on its way through two layers, each time by at most 2^-9.
-  EXPECT_LE(relative_error(whole), 24.0 / 512);
+  const at::Tensor plain = plain_logits(weights_of(*model, torch::kBFloat16), config, ids);
+  const at::Tensor exact = plain_logits(weights_of(*model, torch::kDouble), config, ids);
+  expect_as_good_as_plain(model->forward({.input_ids = ids}).logits, plain, exact);
   Cache cache;
   std::vector<at::Tensor> parts;
   for (const at::Tensor& part : ids.split(20, 1)) {
     parts.push_back(model->forward({.input_ids = part, .cache = &cache}).logits);
   }
-  EXPECT_LE(relative_error(torch::cat(parts, 1)), 24.0 / 512);
+  expect_as_good_as_plain(torch::cat(parts, 1), plain, exact);
 }
 
 TEST(CausalLM, LogitsToKeep) {

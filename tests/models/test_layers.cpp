@@ -3,6 +3,7 @@
 #include <gdn/layers/gated_deltanet.h>
 #include <gdn/layers/packing.h>
 
+#include "models/plain_model.h"
 #include "models/tiny_models.h"
 
 namespace gdn::testing {
@@ -99,6 +100,24 @@ class LayerVariant : public ::testing::TestWithParam<Variant> {
     return layer;
   }
 };
+
+/// In fp32 and bf16, in the chunked form and in the recurrent one.
+TEST_P(LayerVariant, EqualsPlainOperators) {
+  const torch::NoGradGuard no_grad;
+  GatedDeltaNet layer = make();
+  for (const auto dtype : {torch::kFloat, torch::kBFloat16}) {
+    layer->to(dtype);
+    for (const int64_t T : {90, 5}) {
+      SCOPED_TRACE(std::string(c10::toString(dtype)) + ", T " + std::to_string(T));
+      const at::Tensor x = torch::randn({2, T, 24}).to(dtype);
+      const auto plain = [&](at::ScalarType type) {
+        return plain_gated_deltanet(weights_of(*layer, type), "", layer->options, x.to(type));
+      };
+      expect_as_good_as_plain(layer->forward({.hidden_states = x}), plain(dtype),
+                              plain(torch::kDouble));
+    }
+  }
+}
 
 /// Any split of the tokens over calls, in the modes that their lengths choose.
 TEST_P(LayerVariant, CachedEqualsWhole) {
