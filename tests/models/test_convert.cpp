@@ -110,7 +110,7 @@ std::map<std::string, std::string> contents(const fs::path& folder) {
 }
 
 TEST(Convert, Qwen3NextsRowsGoToTheirProjections) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   const Tensors theirs = tiny_model("qwen3_next");
   write_model(folder / "model", tiny_model_config("qwen3_next"), theirs);
   const Conversion done = convert_from_transformers(folder / "model", folder / "ours");
@@ -150,7 +150,7 @@ TEST(Convert, Qwen3NextsRowsGoToTheirProjections) {
 }
 
 TEST(Convert, ConfigurationIsOurLayers) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   write_model(folder / "model", tiny_model_config("olmo_hybrid"), tiny_model("olmo_hybrid"));
   convert_from_transformers(folder / "model", folder / "ours");
   const json config = json::parse(std::ifstream(folder / "ours" / "config.json"));
@@ -176,7 +176,7 @@ TEST(Convert, ConfigurationIsOurLayers) {
 
 TEST(Convert, ThereAndBackIsTheSameBytes) {
   for (const std::string type : {"qwen3_next", "qwen3_5_text", "qwen3_5_moe", "olmo_hybrid"}) {
-    const TemporaryFolder folder;
+    const TestFolder folder;
     json config = tiny_model_config(type);
     Tensors tensors = tiny_model(type);
     if (type == "qwen3_5_moe") {  // with images: the text model's configuration is inside
@@ -198,7 +198,7 @@ TEST(Convert, ThereAndBackIsTheSameBytes) {
 }
 
 TEST(Convert, TrainedLayersTakeTheirPlaceInAShardedBase) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   Tensors theirs = tiny_model("qwen3_5_text");
   fs::create_directories(folder / "base");
   write_text(folder / "base" / "config.json", tiny_model_config("qwen3_5_text").dump());
@@ -230,7 +230,7 @@ TEST(Convert, TrainedLayersTakeTheirPlaceInAShardedBase) {
 }
 
 TEST(Convert, FirstQwen3NextConfigurationsGiveAnInterval) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   json config = tiny_model_config("qwen3_next");
   config.erase("layer_types");
   config["full_attention_interval"] = 2;
@@ -242,7 +242,7 @@ TEST(Convert, FirstQwen3NextConfigurationsGiveAnInterval) {
 /// What converting fails with after a change to a good Qwen3-Next model. Nothing may be left.
 template <typename Change>
 std::string message_after(Change&& change) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   json config = tiny_model_config("qwen3_next");
   Tensors tensors = tiny_model("qwen3_next");
   change(config, tensors);
@@ -306,7 +306,7 @@ TEST(Convert, ErrorsNameTheKey) {
 }
 
 TEST(Convert, BackNeedsTheSameModel) {
-  const TemporaryFolder folder;
+  const TestFolder folder;
   write_model(folder / "model", tiny_model_config("qwen3_next"), tiny_model("qwen3_next"));
   convert_from_transformers(folder / "model", folder / "ours");
   const auto message = [&](const fs::path& out) {

@@ -73,6 +73,8 @@ struct Hostile {
   const char* message;  // must appear
 };
 
+void PrintTo(const Hostile& hostile, std::ostream* out) { *out << hostile.message; }
+
 class HostileFile : public ::testing::TestWithParam<Hostile> {};
 
 TEST_P(HostileFile, GivesOneErrorThatNamesIt) {
