@@ -198,7 +198,7 @@ def test_hidden_states_and_tuples(tiny_model):
 def test_gradient_checkpointing(tiny_model, kind):
     model, ids = tiny_model(**kind).train(), tokens(2, 20)
     gradients, runs = [], []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(None))
+    model.model.layers[0].attn_norm.register_forward_pre_hook(lambda *_: runs.append(None))
     for reentrant in (None, False, True):
         if reentrant is not None:
             options = {"use_reentrant": reentrant}
