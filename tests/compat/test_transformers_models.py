@@ -3,6 +3,8 @@
 What is compared: logits, gradients, cached decoding, left padding, packed sequences.
 """
 
+import copy
+
 import pytest
 import torch
 from families import (
@@ -15,6 +17,8 @@ from families import (
     torch_path,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gated_deltanet.models import fuse_gated_norms
 
 LENGTH = 70  # more than a chunk of 64
 
@@ -86,6 +90,36 @@ def test_gradients(family):
     assert any("A_log" in name for name in ours)
     for name in exact:
         assert_as_accurate(ours[name], theirs[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_gated_norms(family, dtype):
+    ids = tokens(2, LENGTH)
+
+    def run(model):
+        logits = model(ids, use_cache=False).logits
+        logits.float().square().mean().backward()
+        layer = model.model.layers[0].linear_attn
+        return logits.detach(), layer.A_log.grad.clone()
+
+    model = family.model(dtype)
+    ours = copy.deepcopy(model)
+    assert fuse_gated_norms(ours) == 3
+    assert ours.state_dict().keys() == model.state_dict().keys()
+    with CalledOperators() as called:
+        mine = run(copy.deepcopy(ours))
+    assert "gdn::norm" in called.names
+    with torch_path(family):
+        theirs = run(model)
+    with exact_path(family):
+        exact = run(exact_copy(family.model(dtype)))
+    for name, *three in zip(["logits", "A_log"], mine, theirs, exact):
+        assert_as_accurate(*three, name)
+
+
+def test_only_their_norms_are_fused():
+    with pytest.raises(ValueError, match=r"model must be .* got a Linear"):
+        fuse_gated_norms(torch.nn.Linear(2, 2))
 
 
 def decode(model, ids, steps):

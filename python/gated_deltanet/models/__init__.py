@@ -6,10 +6,12 @@ from gated_deltanet.models.gated_deltanet import (
     GatedDeltaNetForCausalLM,
     GatedDeltaNetModel,
 )
+from gated_deltanet.models.gated_norms import fuse_gated_norms
 
 __all__ = [
     "GatedDeltaNetCache",
     "GatedDeltaNetConfig",
     "GatedDeltaNetForCausalLM",
     "GatedDeltaNetModel",
+    "fuse_gated_norms",
 ]
