@@ -159,9 +159,13 @@ TEST_F(LinearCrossEntropy, AutocastKeepsTheWeightsGradientInFp32) {
   const at::Tensor hidden = torch::randn({9, 8}).requires_grad_();
   const at::Tensor weight = torch::randn({20, 8}).requires_grad_();
   const at::Tensor target = random_target(9, 20);
+  const at::Tensor low = hidden.detach().to(at::kBFloat16);
+  const at::Tensor want = linear_cross_entropy(low, weight.detach(), target);
   const AutocastBf16 autocast;
-  linear_cross_entropy(hidden, weight, target, kIgnoreIndex, Reduction::mean, /*rows_per_block=*/3)
-      .backward();
+  const at::Tensor loss = linear_cross_entropy(hidden, weight, target, kIgnoreIndex,
+                                               Reduction::mean, /*rows_per_block=*/3);
+  EXPECT_TRUE(torch::equal(loss, want)) << "the product was not computed in bf16";
+  loss.backward();
   EXPECT_EQ(weight.grad().scalar_type(), at::kFloat);
   EXPECT_EQ(hidden.grad().scalar_type(), at::kFloat);
   EXPECT_FALSE(torch::equal(weight.grad(), weight.grad().to(at::kBFloat16).to(at::kFloat)))

@@ -65,6 +65,8 @@ TEST_F(Norm, TakesFp32WeightsWithLowPrecisionInput) {
   EXPECT_EQ(y.scalar_type(), at::kBFloat16);
   EXPECT_EQ(x.grad().scalar_type(), at::kBFloat16);
   EXPECT_EQ(weight.grad().scalar_type(), at::kFloat);
+  EXPECT_FALSE(torch::equal(weight.grad(), weight.grad().to(at::kBFloat16).to(at::kFloat)))
+      << "the sum over rows was rounded to bf16";
   const at::Tensor want =
       plain_rms_norm(x.detach().to(at::kDouble), weight.detach().to(at::kDouble));
   expect_close(y, want, {0, kHalfUlpBf16 * 1.01}, "y");  // rounded once, at the end
