@@ -148,8 +148,7 @@ template <sm90::Roles kRoles>
 double time_roles(const GatedDeltaRuleForward& p) {
   const sm90::ForwardArguments arguments = sm90::forward_arguments(p);
   return time([&](cudaStream_t stream) {
-    sm90::launch(sm90::gated_delta_rule_forward_kernel<__nv_bfloat16, kRoles>, arguments,
-                 p.N * p.HV, stream);
+    sm90::launch_forward<__nv_bfloat16, kRoles>(arguments, p.N * p.HV, stream);
   });
 }
 

@@ -98,14 +98,38 @@ struct Decays {
   }
 };
 
+/// Where A takes beta from: that of its row, or that of its column. With G = strict_lower(K K^T * D)
+///   T = (I + diag(beta) G)^-1 diag(beta)    solves for U
+///   T = (I + G diag(beta))^-1               solves for U / beta
+enum class Beta { kOfRow, kOfColumn };
+
 /// Row-block kWarp of A from that of K K^T: -A left of its diagonal block in fp16, the block in
 /// fp32.
-template <int kWarp>
+template <Beta kBeta, int kWarp>
 __device__ __forceinline__ void store_a(const float (&kk)[32], const GateVectors& gates, __half* a,
                                         float* diagonal, const Fragment& at) {
   const int i = 16 * kWarp + at.row;
-  const float beta[2] = {gates.beta[i], gates.beta[i + 8]};
-  const Decays<kWarp> decays(gates, at);
+  float beta[2] = {1, 1};
+  if constexpr (kBeta == Beta::kOfRow) {
+    beta[0] = gates.beta[i];
+    beta[1] = gates.beta[i + 8];
+  }
+  Decays<kWarp> decays(gates, at);
+  if constexpr (kBeta == Beta::kOfColumn) {
+#pragma unroll
+    for (int n = 0; n < 2 * kWarp + 2; ++n) {
+      const float2 column = *reinterpret_cast<const float2*>(&gates.beta[8 * n + at.column]);
+      if (n < 2 * kWarp) {
+        decays.columns[n].x *= column.x;
+        decays.columns[n].y *= column.y;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          decays.diagonal[4 * (n - 2 * kWarp) + e] *= e % 2 == 0 ? column.x : column.y;
+        }
+      }
+    }
+  }
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     // Elements on and above the diagonal are never read.
@@ -188,8 +212,8 @@ __device__ __forceinline__ void invert_diagonal(const float* diagonal, __half* o
 }
 
 /// Row-block kWarp of X^T from `a` (-A's blocks, and the X_ii on the diagonal), its rows times
-/// beta, to the tile of T^T.
-template <typename Element, int kWarp>
+/// beta where T has that factor, to the tile of T^T.
+template <typename Element, Beta kBeta, int kWarp>
 __device__ __forceinline__ void multiply_out(const __half* a, const GateVectors& gates,
                                              uint32_t t_tile, const Fragment& at) {
   // Matrices of block (i, k) of `a` in the order rows 0-7, columns 0-7; 0-7, 8-15; 8-15, 0-7; 8-15,
@@ -213,7 +237,11 @@ __device__ __forceinline__ void multiply_out(const __half* a, const GateVectors&
 #pragma unroll
     for (int e = 0; e <= d; ++e) load_matrices(right[d][e], block(kWarp + d, kWarp + e));
   }
-  const float beta[2] = {gates.beta[16 * kWarp + at.row], gates.beta[16 * kWarp + at.row + 8]};
+  float beta[2] = {1, 1};
+  if constexpr (kBeta == Beta::kOfRow) {
+    beta[0] = gates.beta[16 * kWarp + at.row];
+    beta[1] = gates.beta[16 * kWarp + at.row + 8];
+  }
   uint32_t t[4];
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
@@ -248,15 +276,15 @@ __device__ __forceinline__ void multiply_out(const __half* a, const GateVectors&
 
 /// Each product runs while the inverse is computed: Q K^T beside the diagonal blocks', the next
 /// chunk's K K^T beside the rest.
-template <typename Element>
-__device__ __forceinline__ void run_chunk_matrices(const ForwardArguments& p, const Work& work,
-                                                   SharedMemory& shared, int thread) {
+template <typename Element, Beta kBeta = Beta::kOfRow, typename Shared>
+__device__ __forceinline__ void run_chunk_matrices(const ProblemArguments& p, const Work& work,
+                                                   Shared& shared, int thread) {
   const Fragment at(thread);
   float product[32];
   // Issued also beyond the last chunk, on whatever the tile holds and unused; and waited for before
   // the loop's end: where paths meet with different products in flight the compiler adds waits.
   const auto issue_keys = [&](int c) {
-    const KeySlot key(c);
+    const auto key = slot(shared.key_full, c);
     if (c < work.chunks) mbarrier_wait(shared_address(&shared.key_full[key.stage]), key.parity);
     const uint32_t k = shared_address(shared.k[key.stage]);
     issue_product<Element>(product, k, k);
@@ -264,15 +292,15 @@ __device__ __forceinline__ void run_chunk_matrices(const ForwardArguments& p, co
   issue_keys(0);
   wgmma_wait<0>();
   for (int c = 0; c < work.chunks; ++c) {
-    const KeySlot key(c);
-    const MatrixSlot matrix(c);
-    const GateSlot gate(c);
+    const auto key = slot(shared.key_full, c);
+    const auto matrix = slot(shared.matrix_full, c);
+    const auto gate = slot(shared.gate_full, c);
     const GateVectors& gates = shared.gates[gate.stage];
     __half* a = shared.a[c % 2];
     float* diagonal = shared.diagonal[at.warp];
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     pin(product);
-    for_warp(at.warp, [&](auto warp) { store_a<warp>(product, gates, a, diagonal, at); });
+    for_warp(at.warp, [&](auto warp) { store_a<kBeta, warp>(product, gates, a, diagonal, at); });
     __syncwarp();
     issue_product<Element>(product, shared_address(shared.q[key.stage]),
                            shared_address(shared.k[key.stage]));
@@ -281,13 +309,13 @@ __device__ __forceinline__ void run_chunk_matrices(const ForwardArguments& p, co
     wgmma_wait<0>();
     pin(product);
     for_warp(at.warp, [&](auto warp) {
-      store_p<Element, warp>(product, gates, p.scale, shared_address(shared.p[matrix.stage]), at);
+      store_p<Element, warp>(product, gates, p.scale, shared.p_tile(matrix.stage), at);
     });
     __syncwarp();
     issue_keys(c + 1);
     named_barrier_sync(kMatrixBarrier, 128);
     for_warp(at.warp, [&](auto warp) {
-      multiply_out<Element, warp>(a, gates, shared_address(shared.t[matrix.stage]), at);
+      multiply_out<Element, kBeta, warp>(a, gates, shared.t_tile(matrix.stage), at);
     });
     fence_async_proxy();
     __syncwarp();

@@ -7,22 +7,24 @@
 
 namespace gdn::kernels::cuda {
 
-std::string why_not_sm90(const GatedDeltaRuleForward& p) {
+std::string why_not_sm90_problem(const GatedDeltaRuleProblem& p) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "q, k, v are not bf16 or fp16";
   if (p.K != 128 || p.V != 128) {
     return "K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V) + ", not 128";
   }
   if (p.chunk_size != 64) return "chunk_size = " + std::to_string(p.chunk_size) + ", not 64";
   if (p.qk_l2norm) return "q and k must be normalised beforehand";
-  if (p.o.data == nullptr) return "o is required";
   if (p.B * p.T > INT32_MAX) return "B * T is beyond 2^31";
-  const auto aligned = [](const auto& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 &&
-           view.stride_t % 8 == 0 && view.stride_h % 8 == 0;
-  };
-  if (!aligned(p.q) || !aligned(p.k) || !aligned(p.v) || !aligned(p.o)) {
-    return "q, k, v, o and their strides are not multiples of 16 bytes";
+  if (!aligned_for_tma(p.q) || !aligned_for_tma(p.k) || !aligned_for_tma(p.v)) {
+    return "q, k, v and their strides are not multiples of 16 bytes";
   }
+  return {};
+}
+
+std::string why_not_sm90(const GatedDeltaRuleForward& p) {
+  if (std::string reason = why_not_sm90_problem(p); !reason.empty()) return reason;
+  if (p.o.data == nullptr) return "o is required";
+  if (!aligned_for_tma(p.o)) return "o and its strides are not multiples of 16 bytes";
   return {};
 }
 
@@ -32,12 +34,9 @@ void gated_delta_rule_forward_sm90(const GatedDeltaRuleForward& p, Stream stream
   }
   if (p.N == 0 || p.HV == 0) return;
   const sm90::ForwardArguments arguments = sm90::forward_arguments(p);
-  if (p.dtype == DType::bf16) {
-    sm90::launch(sm90::gated_delta_rule_forward_kernel<__nv_bfloat16>, arguments, p.N * p.HV,
-                 stream);
-  } else {
-    sm90::launch(sm90::gated_delta_rule_forward_kernel<__half>, arguments, p.N * p.HV, stream);
-  }
+  const auto launch =
+      p.dtype == DType::bf16 ? sm90::launch_forward<__nv_bfloat16> : sm90::launch_forward<__half>;
+  launch(arguments, p.N * p.HV, stream);
 }
 
 }  // namespace gdn::kernels::cuda

@@ -7,20 +7,14 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
-inline constexpr int kSharedBytes = sizeof(SharedMemory);
-
 __device__ inline void initialise(SharedMemory& shared, const ForwardArguments& p) {
   constexpr int kStateWarps = 8;
   constexpr int kMatrixWarps = 4;
   if (threadIdx.x == 0) {
-    const auto init = [](auto& full, auto& empty, int full_arrivals, int empty_arrivals) {
-      for (auto& barrier : full) mbarrier_init(shared_address(&barrier), full_arrivals);
-      for (auto& barrier : empty) mbarrier_init(shared_address(&barrier), empty_arrivals);
-    };
-    init(shared.key_full, shared.key_empty, 1, kStateWarps);
-    init(shared.value_full, shared.value_empty, 1, kStateWarps);
-    init(shared.matrix_full, shared.matrix_empty, kMatrixWarps, kStateWarps);
-    init(shared.gate_full, shared.gate_empty, 1, kStateWarps);
+    init_barriers(shared.key_full, shared.key_empty, 1, kStateWarps);
+    init_barriers(shared.value_full, shared.value_empty, 1, kStateWarps);
+    init_barriers(shared.matrix_full, shared.matrix_empty, kMatrixWarps, kStateWarps);
+    init_barriers(shared.gate_full, shared.gate_empty, 1, kStateWarps);
     mbarrier_init_fence();
     prefetch_tensor_map(&p.q);
     prefetch_tensor_map(&p.k);
@@ -42,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
   initialise(shared, p);
-  const Work work(p);
+  const Work work(p, blockIdx.x / p.HV, blockIdx.x % p.HV);
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128;
   if (warpgroup == 0) {

@@ -8,6 +8,19 @@
 #include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/forward.cuh>
 
+namespace gdn::kernels::cuda {
+
+/// What rules out forward and backward alike; see why_not_sm90.
+std::string why_not_sm90_problem(const GatedDeltaRuleProblem& p);
+
+template <typename Void>
+bool aligned_for_tma(const View4<Void>& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 &&
+         view.stride_t % 8 == 0 && view.stride_h % 8 == 0;
+}
+
+}  // namespace gdn::kernels::cuda
+
 namespace gdn::kernels::cuda::sm90 {
 
 inline void check(cudaError_t error, const char* what) {
@@ -51,42 +64,58 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t 
   return map;
 }
 
-inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
+/// The map of a [B, T, heads, 128] tensor of a problem.
+template <typename Void>
+CUtensorMap tensor_map(const GatedDeltaRuleProblem& p, const View4<Void>& view, int64_t heads) {
   // A map's dimensions are at least 1; an empty problem reads nothing.
-  const int64_t T = p.T > 0 ? p.T : 1;
-  const auto map = [&](const auto& view, int64_t heads) {
-    return tensor_map(view.data, p.dtype, p.B, T, heads, view.stride_b, view.stride_t,
-                      view.stride_h);
-  };
-  ForwardArguments arguments{};
-  arguments.q = map(p.q, p.H);
-  arguments.k = map(p.k, p.H);
-  arguments.v = map(p.v, p.HV);
-  arguments.o = map(p.o, p.HV);
+  return tensor_map(view.data, p.dtype, p.B, p.T > 0 ? p.T : 1, heads, view.stride_b, view.stride_t,
+                    view.stride_h);
+}
+
+inline void set_problem(const GatedDeltaRuleProblem& p, ProblemArguments& arguments) {
+  arguments.q = tensor_map(p, p.q, p.H);
+  arguments.k = tensor_map(p, p.k, p.H);
+  arguments.v = tensor_map(p, p.v, p.HV);
   arguments.q_view = p.q;
   arguments.k_view = p.k;
   arguments.v_view = p.v;
-  arguments.o_view = p.o;
   arguments.g = static_cast<const float*>(p.g);
   arguments.beta = static_cast<const float*>(p.beta);
-  arguments.initial_state = static_cast<const float*>(p.initial_state);
-  arguments.final_state = static_cast<float*>(p.final_state);
-  arguments.segment_states = p.segment_states;
   arguments.cu_seqlens = p.cu_seqlens;
   arguments.T = p.T;
+  arguments.N = static_cast<int>(p.N);
   arguments.H = static_cast<int>(p.H);
   arguments.HV = static_cast<int>(p.HV);
   arguments.scale = static_cast<float>(p.scale);
   arguments.state_v_first = p.state_v_first;
+}
+
+inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
+  ForwardArguments arguments{};
+  set_problem(p, arguments);
+  arguments.o = tensor_map(p, p.o, p.HV);
+  arguments.o_view = p.o;
+  arguments.initial_state = static_cast<const float*>(p.initial_state);
+  arguments.final_state = static_cast<float*>(p.final_state);
+  arguments.segment_states = p.segment_states;
   return arguments;
 }
 
-template <typename Kernel>
-void launch(Kernel* kernel, const ForwardArguments& arguments, int64_t blocks, Stream stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "gated_delta_rule_forward_sm90: shared memory");
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, stream>>>(arguments);
-  check(cudaGetLastError(), "gated_delta_rule_forward_sm90: launch");
+template <typename Arguments>
+void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
+            size_t shared_bytes, const char* name, Stream stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)),
+        name);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(
+      arguments);
+  check(cudaGetLastError(), name);
+}
+
+template <typename Element, Roles kRoles = Roles::kAll>
+void launch_forward(const ForwardArguments& arguments, int64_t blocks, Stream stream) {
+  launch(gated_delta_rule_forward_kernel<Element, kRoles>, arguments, blocks, kThreads,
+         sizeof(SharedMemory), "gated_delta_rule_forward_sm90", stream);
 }
 
 }  // namespace gdn::kernels::cuda::sm90

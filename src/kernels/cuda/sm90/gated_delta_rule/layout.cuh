@@ -62,6 +62,9 @@ struct SharedMemory {
   uint64_t value_full[kValueStages], value_empty[kValueStages];
   uint64_t matrix_full[kMatrixStages], matrix_empty[kMatrixStages];
   uint64_t gate_full[kGateStages], gate_empty[kGateStages];
+
+  __device__ __forceinline__ uint32_t t_tile(int stage) const { return shared_address(t[stage]); }
+  __device__ __forceinline__ uint32_t p_tile(int stage) const { return shared_address(p[stage]); }
 };
 
 /// Where chunk c lies in a ring of buffers, and the parity of its round.
@@ -72,50 +75,80 @@ struct Slot {
   __device__ __forceinline__ explicit Slot(uint32_t c)
       : stage(c % kStages), parity(c / kStages % 2) {}
 };
+/// The slot of chunk c in the ring with these barriers.
+template <size_t kStages>
+__device__ __forceinline__ Slot<static_cast<int>(kStages)> slot(const uint64_t (&)[kStages],
+                                                                uint32_t c) {
+  return Slot<static_cast<int>(kStages)>(c);
+}
 using KeySlot = Slot<kKeyStages>;
 using ValueSlot = Slot<kValueStages>;
 using MatrixSlot = Slot<kMatrixStages>;
 using GateSlot = Slot<kGateStages>;
 
-/// Kernel arguments; dimensions as in GatedDeltaRuleForward.
-struct ForwardArguments {
+/// Kernel arguments of forward and backward; dimensions as in GatedDeltaRuleProblem.
+struct ProblemArguments {
   CUtensorMap q, k;  // [B, T, H, K], boxes of 64 tokens x 64 elements
-  CUtensorMap v, o;  // [B, T, HV, V], the same boxes
+  CUtensorMap v;     // [B, T, HV, V], the same boxes
   ConstView4 q_view, k_view, v_view;
-  MutableView4 o_view;
-  const float* g;              // [B, T, HV]
-  const float* beta;           // [B, T, HV]
-  const float* initial_state;  // [N, HV, K, V] or null
-  float* final_state;          // [N, HV, K, V] or null
-  float* segment_states;       // [segments, HV, K, V] or null
-  const int64_t* cu_seqlens;   // [N + 1] or null
+  const float* g;             // [B, T, HV]
+  const float* beta;          // [B, T, HV]
+  const int64_t* cu_seqlens;  // [N + 1] or null
   int64_t T;
-  int H, HV;
+  int N, H, HV;
   float scale;
   bool state_v_first;
 };
 
-/// The piece of work of one block: a sequence and a value head.
+struct ForwardArguments : ProblemArguments {
+  CUtensorMap o;  // [B, T, HV, V]
+  MutableView4 o_view;
+  const float* initial_state;  // [N, HV, K, V] or null
+  float* final_state;          // [N, HV, K, V] or null
+  float* segment_states;       // [segments, HV, K, V] or null
+};
+
+/// The piece of work of one block: a sequence, or a piece of it, and a value head.
 struct Work {
   int sequence, value_head, key_head;
   int batch;
   int64_t begin, length;  // tokens within batch row `batch`
   int chunks;
 
-  __device__ explicit Work(const ForwardArguments& p)
-      : sequence(blockIdx.x / p.HV),
-        value_head(blockIdx.x % p.HV),
+  __device__ Work(const ProblemArguments& p, int sequence, int value_head)
+      : sequence(sequence),
+        value_head(value_head),
         key_head(value_head / (p.HV / p.H)),
         batch(p.cu_seqlens != nullptr ? 0 : sequence),
         begin(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence] : 0),
         length(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence + 1] - begin : p.T),
-        chunks(static_cast<int>((length + kChunk - 1) / kChunk)) {}
+        chunks(chunk_count(length)) {}
+
+  /// Keeps `tokens` tokens from token `first` on, fewer if the sequence ends before.
+  __device__ void narrow(int64_t first, int64_t tokens) {
+    begin += first;
+    length = min(tokens, length - first);
+    chunks = chunk_count(length);
+  }
 
   /// Tokens of chunk c: 64, fewer in the last.
   __device__ int tokens(int c) const {
     return static_cast<int>(min(static_cast<int64_t>(kChunk), length - int64_t{c} * kChunk));
   }
+
+ private:
+  static __device__ int chunk_count(int64_t length) {
+    return static_cast<int>((length + kChunk - 1) / kChunk);
+  }
 };
+
+/// Initialises a ring's barriers with how many arrivals complete a phase of each.
+template <size_t kStages>
+__device__ __forceinline__ void init_barriers(uint64_t (&full)[kStages], uint64_t (&empty)[kStages],
+                                              int full_arrivals, int empty_arrivals) {
+  for (auto& barrier : full) mbarrier_init(shared_address(&barrier), full_arrivals);
+  for (auto& barrier : empty) mbarrier_init(shared_address(&barrier), empty_arrivals);
+}
 
 /// Byte offset of 16-byte piece `piece` of row `row` in a tile of 128-byte rows, swizzled.
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {

@@ -5,12 +5,14 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
-/// Copies the `tokens` first rows of a [64, 128] tile by ordinary loads, zeros below: the tile must
-/// not see what follows its sequence (TMA would read the next one's tokens).
-__device__ inline void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t stride_t,
-                                        int tokens, int lane) {
-  const int piece = lane % 16;  // of 16 in a row
-  for (int row = lane / 16; row < kChunk; row += 2) {
+/// Copies the `tokens` first rows of a [64, 64 kHalves] tile by ordinary loads, zeros below: the
+/// tile must not see what follows its sequence (TMA would read the next one's tokens).
+template <int kHalves = 2>
+__device__ void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t stride_t,
+                                 int tokens, int lane) {
+  constexpr int kPieces = 8 * kHalves;  // in a row
+  const int piece = lane % kPieces;
+  for (int row = lane / kPieces; row < kChunk; row += 32 / kPieces) {
     uint4 values = {0, 0, 0, 0};
     if (row < tokens) {
       values = *reinterpret_cast<const uint4*>(source + row * stride_t + piece * 8);
@@ -29,11 +31,11 @@ __device__ __forceinline__ const uint16_t* element(const ConstView4& view, const
          (work.begin + token) * view.stride_t + head * view.stride_h;
 }
 
-__device__ inline void load_tiles(const ForwardArguments& p, const Work& work, SharedMemory& shared,
-                                  int lane) {
+template <typename Shared>
+__device__ void load_tiles(const ProblemArguments& p, const Work& work, Shared& shared, int lane) {
   for (int c = 0; c < work.chunks; ++c) {
-    const KeySlot key(c);
-    const ValueSlot value(c);
+    const auto key = slot(shared.key_full, c);
+    const auto value = slot(shared.value_full, c);
     const int tokens = work.tokens(c);
     const uint32_t k = shared_address(shared.k[key.stage]);
     const uint32_t q = shared_address(shared.q[key.stage]);
@@ -86,58 +88,69 @@ __device__ __forceinline__ float bounded_log2_decay(float g) {
   return x < -160.0F ? -160.0F : x;  // keeps NaN
 }
 
-/// Lane l handles tokens 2 l and 2 l + 1 of each chunk; tokens past the sequence's end neither
-/// decay nor write (g = beta = 0).
-__device__ inline void load_gates(const ForwardArguments& p, const Work& work, SharedMemory& shared,
-                                  int lane) {
-  constexpr uint32_t kWarp = 0xffffffffU;
-  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
-  float2 g = {0, 0};
-  float2 beta = {0, 0};
-  const auto fetch = [&](int c) {
-    const int64_t token = int64_t{c} * kChunk + 2 * lane;
-    g = beta = {0, 0};
-    if (token < work.length) {
-      g.x = p.g[first + token * p.HV];
-      beta.x = p.beta[first + token * p.HV];
-    }
-    if (token + 1 < work.length) {
-      g.y = p.g[first + (token + 1) * p.HV];
-      beta.y = p.beta[first + (token + 1) * p.HV];
-    }
-  };
-  fetch(0);
-  for (int c = 0; c < work.chunks; ++c) {
-    const GateSlot gate(c);
-    const float2 x = {bounded_log2_decay(g.x), bounded_log2_decay(g.y)};
-    const float2 write_strength = beta;
-    if (c + 1 < work.chunks) fetch(c + 1);
-    float sum = x.x + x.y;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const float below = __shfl_up_sync(kWarp, sum, distance);
-      if (lane >= distance) sum += below;
-    }
-    const float before = __shfl_up_sync(kWarp, sum, 1);
-    float2 b;
-    b.x = (lane == 0 ? 0.0F : before) + x.x;
-    b.y = b.x + x.y;
-    const float end = __shfl_sync(kWarp, b.y, 31);
-    const float block_end = __shfl_sync(kWarp, b.y, lane | 7);
+/// Gates of a chunk before their sums; lane l holds tokens 2 l and 2 l + 1.
+struct GatePair {
+  float2 g, beta;
+};
 
-    mbarrier_wait(shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1);
-    GateVectors& out = shared.gates[gate.stage];
-    const auto store = [&](float* vector, float low, float high) {
-      reinterpret_cast<float2*>(vector)[lane] = {low, high};
-    };
-    const float2 from_start = {exp2_approx(b.x), exp2_approx(b.y)};
-    store(out.b, b.x, b.y);
-    store(out.from_start, from_start.x, from_start.y);
-    store(out.from_start_scaled, p.scale * from_start.x, p.scale * from_start.y);
-    store(out.to_end, exp2_approx(end - b.x), exp2_approx(end - b.y));
-    store(out.to_block_end, exp2_approx(block_end - b.x), exp2_approx(block_end - b.y));
-    store(out.beta, write_strength.x, write_strength.y);
-    __syncwarp();
+/// Tokens past the end of the work neither decay nor write (g = beta = 0).
+__device__ __forceinline__ GatePair fetch_gates(const ProblemArguments& p, const Work& work, int c,
+                                                int lane) {
+  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
+  const int64_t token = int64_t{c} * kChunk + 2 * lane;
+  GatePair gates = {{0, 0}, {0, 0}};
+  if (token < work.length) {
+    gates.g.x = p.g[first + token * p.HV];
+    gates.beta.x = p.beta[first + token * p.HV];
+  }
+  if (token + 1 < work.length) {
+    gates.g.y = p.g[first + (token + 1) * p.HV];
+    gates.beta.y = p.beta[first + (token + 1) * p.HV];
+  }
+  return gates;
+}
+
+/// Writes what the other roles need of a chunk's gates, once `empty` has reached `parity`.
+__device__ __forceinline__ void store_gates(const GatePair& gates, float scale, GateVectors& out,
+                                            uint32_t empty, uint32_t parity, int lane) {
+  constexpr uint32_t kWarp = 0xffffffffU;
+  const float2 x = {bounded_log2_decay(gates.g.x), bounded_log2_decay(gates.g.y)};
+  float sum = x.x + x.y;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float below = __shfl_up_sync(kWarp, sum, distance);
+    if (lane >= distance) sum += below;
+  }
+  const float before = __shfl_up_sync(kWarp, sum, 1);
+  float2 b;
+  b.x = (lane == 0 ? 0.0F : before) + x.x;
+  b.y = b.x + x.y;
+  const float end = __shfl_sync(kWarp, b.y, 31);
+  const float block_end = __shfl_sync(kWarp, b.y, lane | 7);
+
+  mbarrier_wait(empty, parity);
+  const auto store = [&](float* vector, float low, float high) {
+    reinterpret_cast<float2*>(vector)[lane] = {low, high};
+  };
+  const float2 from_start = {exp2_approx(b.x), exp2_approx(b.y)};
+  store(out.b, b.x, b.y);
+  store(out.from_start, from_start.x, from_start.y);
+  store(out.from_start_scaled, scale * from_start.x, scale * from_start.y);
+  store(out.to_end, exp2_approx(end - b.x), exp2_approx(end - b.y));
+  store(out.to_block_end, exp2_approx(block_end - b.x), exp2_approx(block_end - b.y));
+  store(out.beta, gates.beta.x, gates.beta.y);
+  __syncwarp();
+}
+
+template <typename Shared>
+__device__ void load_gates(const ProblemArguments& p, const Work& work, Shared& shared, int lane) {
+  GatePair next = fetch_gates(p, work, 0, lane);
+  for (int c = 0; c < work.chunks; ++c) {
+    const auto gate = slot(shared.gate_full, c);
+    const GatePair gates = next;
+    if (c + 1 < work.chunks) next = fetch_gates(p, work, c + 1, lane);
+    store_gates(gates, p.scale, shared.gates[gate.stage],
+                shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1, lane);
     if (lane == 0) mbarrier_arrive(shared_address(&shared.gate_full[gate.stage]));
   }
 }

@@ -80,41 +80,46 @@ __device__ __forceinline__ uint32_t token_row(uint32_t tile, int token_block, in
   return tile + swizzled(16 * token_block + 8 * (matrix / 2) + lane % 8, 2 * v_block + matrix % 2);
 }
 
-/// Writes O [tokens, 64 of V] from `packed`, through shared memory. One output stage is being
-/// filled while the other is read by the copy engine.
-template <typename Element>
-__device__ __forceinline__ void store_output(const ForwardArguments& p, const Work& work,
-                                             const uint32_t (&packed)[4][4], uint32_t tile,
-                                             int chunk, int half, int thread) {
-  const int warp = thread / 32;
-  const int lane = thread % 32;
+/// [tokens, 64 of V] from `packed`, [64 of V, tokens], to a tile in shared memory.
+__device__ __forceinline__ void stage_tokens(const uint32_t (&packed)[4][4], uint32_t tile,
+                                             int thread) {
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    store_matrices_transposed(token_row(tile, s, warp, lane), packed[s][0], packed[s][1],
-                              packed[s][2], packed[s][3]);
+    store_matrices_transposed(token_row(tile, s, thread / 32, thread % 32), packed[s][0],
+                              packed[s][1], packed[s][2], packed[s][3]);
   }
+}
+
+/// Meets the threads of a state warpgroup, once every store that it queued before has read its
+/// tile: after two such meetings a tile may be filled again.
+__device__ __forceinline__ void state_sync_after_stores(int local, int thread) {
+  if (thread == 0) tma_store_wait_read<0>();
+  local == 0 ? named_barrier_sync(kStateBarrier, 128) : named_barrier_sync(kStateBarrier + 1, 128);
+}
+
+/// Writes O, or what has its shape, [tokens, 64 of V], from `packed`, through shared memory. `local`
+/// is the warpgroup's number among those of its block.
+__device__ __forceinline__ void store_output(const CUtensorMap* map, const MutableView4& view,
+                                             const Work& work, const uint32_t (&packed)[4][4],
+                                             uint32_t tile, int chunk, int half, int local,
+                                             int thread) {
+  stage_tokens(packed, tile, thread);
+  fence_async_proxy();
+  state_sync_after_stores(local, thread);
   const int tokens = work.tokens(chunk);
   if (tokens == kChunk) {
-    fence_async_proxy();
-    // Also frees the other stage for the next chunk.
-    if (thread == 0) tma_store_wait_read<0>();
-    half == 0 ? named_barrier_sync(kStateBarrier, 128) : named_barrier_sync(kStateBarrier + 1, 128);
     if (thread == 0) {
-      tma_store(&p.o, tile, half * kHalf, work.value_head,
+      tma_store(map, tile, half * kHalf, work.value_head,
                 static_cast<int>(work.begin) + chunk * kChunk, work.batch);
       tma_store_commit();
     }
   } else {
-    half == 0 ? named_barrier_sync(kStateBarrier, 128) : named_barrier_sync(kStateBarrier + 1, 128);
-    auto* out = static_cast<uint16_t*>(p.o_view.data) + work.batch * p.o_view.stride_b +
-                (work.begin + int64_t{chunk} * kChunk) * p.o_view.stride_t +
-                work.value_head * p.o_view.stride_h + half * kHalf;
+    auto* out = static_cast<uint16_t*>(view.data) + work.batch * view.stride_b +
+                (work.begin + int64_t{chunk} * kChunk) * view.stride_t +
+                work.value_head * view.stride_h + half * kHalf;
     for (int row = thread / 8; row < tokens; row += 16) {
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(tile + swizzled(row, thread % 8)));
-      *reinterpret_cast<uint4*>(out + row * p.o_view.stride_t + thread % 8 * 8) = x;
+      const uint4 x = load_16_bytes(tile + swizzled(row, thread % 8));
+      *reinterpret_cast<uint4*>(out + row * view.stride_t + thread % 8 * 8) = x;
     }
   }
 }
@@ -248,9 +253,9 @@ struct StateScan {
     release(shared.matrix_empty[matrix.stage]);
     uint32_t packed[4][4];
     to_operand<Element>(o, packed);
-    store_output<Element>(p, work, packed,
-                          shared_address(shared.o[c % kOutputStages]) + half * kHalfTileBytes, c,
-                          half, thread);
+    store_output(&p.o, p.o_view, work, packed,
+                 shared_address(shared.o[c % kOutputStages]) + half * kHalfTileBytes, c, half,
+                 half, thread);
     wgmma_wait<0>();
     pin(s);
     pin(decayed_operand);

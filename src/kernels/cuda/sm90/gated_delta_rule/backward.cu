@@ -1,0 +1,36 @@
+// Host side of the Hopper backward: what it serves, scratch memory, launches.
+#include <algorithm>
+#include <cuda_runtime.h>
+#include <stdexcept>
+
+#include <gdn/kernels/cuda/gated_delta_rule.h>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/launch_backward.cuh>
+
+namespace gdn::kernels::cuda {
+
+std::string why_not_sm90(const GatedDeltaRuleBackward& p) {
+  if (std::string reason = why_not_sm90_problem(p); !reason.empty()) return reason;
+  if (p.segment_states == nullptr) return "segment_states are required";
+  if (!aligned_for_tma(p.d_o) || !aligned_for_tma(p.d_q) || !aligned_for_tma(p.d_k) ||
+      !aligned_for_tma(p.d_v)) {
+    return "d_o, d_q, d_k, d_v and their strides are not multiples of 16 bytes";
+  }
+  return {};
+}
+
+size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p) {
+  return static_cast<size_t>(sm90::most_pieces(p, sm90::kChunk) * p.HV * sm90::kScratchBytes);
+}
+
+void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream) {
+  if (const std::string reason = why_not_sm90(p); !reason.empty()) {
+    throw std::invalid_argument("gated_delta_rule_backward_sm90: " + reason);
+  }
+  if (p.N == 0 || p.HV == 0) return;
+  const sm90::BackwardArguments arguments = sm90::backward_arguments(p, scratch);
+  const auto launch =
+      p.dtype == DType::bf16 ? sm90::launch_backward<__nv_bfloat16> : sm90::launch_backward<__half>;
+  launch(p, arguments, stream);
+}
+
+}  // namespace gdn::kernels::cuda

@@ -1,0 +1,110 @@
+// What the three kernels of the Hopper backward share; docs/hopper_backward.md derives them.
+//
+//   replay     from the forward's segment states: S of every chunk, U^ = U / beta, T, P
+//   scan       from the last chunk to the first: dS' of every chunk, dV
+//   gradients  every chunk by itself: dQ, dK, dg, dbeta
+//
+// With G = strict_lower(K K^T * D), P = scale lower(Q K^T * D), T = (I + G diag(beta))^-1:
+//   U^ = T (V - diag(exp b) K S)     U = diag(beta) U^
+//   dU = P^T dO + diag(exp(b_C - b)) K dS'     dV = T^T diag(beta) dU
+//   dS = exp(b_C) dS' + scale Q^T diag(exp b) dO - K^T diag(exp b) dV
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/loads.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+/// What one chunk of one value head leaves in scratch memory: tiles as they lie in shared memory,
+/// swizzled, so that plain bulk copies carry them.
+inline constexpr int kStateHalfBytes = kTileBytes;          // 64 of V x K: two tiles of 64 of K
+inline constexpr int kStateBytes = 2 * kStateHalfBytes;     // S^T and dS'^T, V x K
+inline constexpr int kMatricesBytes = 2 * kMatrixBytes;     // T^T, P
+inline constexpr int kWritesBytes = kTileBytes;             // U^: two tiles of 64 tokens x 64 of V
+inline constexpr int kScratchBytes = 2 * kStateBytes + kMatricesBytes + kWritesBytes;
+
+struct BackwardArguments : ProblemArguments {
+  CUtensorMap d_o, d_v;  // [B, T, HV, V]
+  ConstView4 d_o_view;
+  MutableView4 d_q, d_k;         // [B, T, H, K]
+  MutableView4 d_v_view;         // [B, T, HV, V]
+  float* d_g;                    // [B, T, HV]
+  float* d_beta;                 // [B, T, HV]
+  const float* segment_states;   // [segments, HV, K, V]
+  const float* d_final_state;    // [N, HV, K, V] or null
+  float* d_initial_state;        // [N, HV, K, V] or null
+  uint8_t *s, *d_s, *matrices, *u;  // scratch: [chunks, HV] of the sizes above
+
+  /// Which entry of the scratch arrays belongs to a chunk, counted over all sequences.
+  __device__ __forceinline__ int64_t entry(int64_t chunk, int value_head) const {
+    return chunk * HV + value_head;
+  }
+};
+
+/// A piece (chunk or segment) of a sequence; sequence N is none.
+struct Piece {
+  int sequence, index;
+};
+
+/// Pieces of `tokens` tokens that sequence n < N has.
+__device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens) {
+  const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
+  return static_cast<int>((length + tokens - 1) / tokens);
+}
+
+/// Piece `index` of all sequences together. Every lane of the warp calls it.
+__device__ inline Piece find_piece(const ProblemArguments& p, int tokens, int index, int lane) {
+  constexpr uint32_t kWarp = 0xffffffffU;
+  if (p.cu_seqlens == nullptr) {
+    const int each = piece_count(p, 0, tokens);
+    if (each == 0 || index >= each * p.N) return {p.N, 0};
+    return {index / each, index % each};
+  }
+  int before = 0;
+  for (int base = 0; base < p.N; base += 32) {
+    const int count = base + lane < p.N ? piece_count(p, base + lane, tokens) : 0;
+    int sum = count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(kWarp, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    const uint32_t holders = __ballot_sync(kWarp, index < before + sum);
+    if (holders != 0) {
+      const int holder = __ffs(static_cast<int>(holders)) - 1;
+      return {base + holder, index - before - __shfl_sync(kWarp, sum - count, holder)};
+    }
+    before += __shfl_sync(kWarp, sum, 31);
+  }
+  return {p.N, 0};
+}
+
+/// Pieces of the sequences before `sequence`. Every lane of the warp calls it.
+__device__ inline int first_piece(const ProblemArguments& p, int tokens, int sequence, int lane) {
+  if (p.cu_seqlens == nullptr) return sequence * piece_count(p, 0, tokens);
+  int sum = 0;
+  for (int n = lane; n < sequence; n += 32) sum += piece_count(p, n, tokens);
+  return __reduce_add_sync(0xffffffffU, sum);
+}
+
+/// Fills a [64 tokens, 128] tile, whole chunks by TMA, and completes a phase of `full`.
+__device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,
+                                          const uint16_t* rows, int64_t stride_t, int head,
+                                          const Work& work, int c, uint32_t full, int lane) {
+  const int tokens = work.tokens(c);
+  if (tokens == kChunk) {
+    if (lane != 0) return;
+    mbarrier_arrive_expect(full, kTileBytes);
+    for (int half = 0; half < 2; ++half) {
+      tma_load(tile + half * kHalfTileBytes, map, full, half * kHalf, head,
+               static_cast<int>(work.begin) + c * kChunk, work.batch);
+    }
+  } else {
+    load_ragged_tile(tile, rows, stride_t, tokens, lane);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(full);
+  }
+}
+
+}  // namespace gdn::kernels::cuda::sm90
