@@ -133,6 +133,12 @@ __device__ __forceinline__ uint4 load_16_bytes(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ void store_16_bytes(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // --- 8x8 matrices of 16-bit elements between shared memory and fragments. Lane l gives the address
 // of row l % 8 of matrix l / 8; register m of lane l holds row l / 4, columns 2 (l % 4) and the
 // next of matrix m (of its transpose) ---

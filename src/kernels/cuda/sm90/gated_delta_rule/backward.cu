@@ -19,7 +19,7 @@ std::string why_not_sm90(const GatedDeltaRuleBackward& p) {
 }
 
 size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p) {
-  return static_cast<size_t>(sm90::most_pieces(p, sm90::kChunk) * p.HV * sm90::kScratchBytes);
+  return sm90::ScratchLayout(p, sm90::multiprocessors()).bytes();
 }
 
 void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream) {

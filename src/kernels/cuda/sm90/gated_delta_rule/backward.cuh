@@ -34,6 +34,9 @@ struct BackwardArguments : ProblemArguments {
   const float* d_final_state;    // [N, HV, K, V] or null
   float* d_initial_state;        // [N, HV, K, V] or null
   uint8_t *s, *d_s, *matrices, *u;  // scratch: [chunks, HV] of the sizes above
+  int span_tokens;                  // the scan's spans; 0: whole sequences
+  float* span_starts;               // [spans, HV, K, V], dS; backward_scan.cuh
+  float* span_transitions;          // [spans, HV, K, K]
 
   /// Which entry of the scratch arrays belongs to a chunk, counted over all sequences.
   __device__ __forceinline__ int64_t entry(int64_t chunk, int value_head) const {

@@ -2,8 +2,15 @@
 //
 // dS^T, 64 of V's rows a warpgroup, stays in fp32 registers, as S^T does in the forward (state.cuh):
 //   dU^T = exp(b_C - b) dS'^T K^T + dO^T P      dV^T = (beta dU)^T T
-//   dS^T = exp(b_C) dS'^T + (scale exp(b) dO)^T Q - (exp(b) dV)^T K
-// V's columns do not meet: with few sequences and heads each half gets a block of its own.
+//   dS^T = exp(b_C) dS'^T + dO^T (scale exp(b) Q) - (exp(b) dV)^T K
+// V's columns do not meet: with few sequences and heads each half gets a block of its own. The chain
+// from dS' to dS is what such blocks wait for, so whatever does not depend on dS' is kept off it:
+// two warps scale Q in place beforehand.
+//
+// Still fewer sequences and heads: a sequence is cut into spans. dS at a span's start is an affine
+// function of dS at its end, R + M dS, R being the scan from dS = 0 and column v of M that from the
+// v-th unit vector without dO. So a first pass finds every span's R and M at once, a short kernel
+// composes them from the last span to the first, and a second pass scans the spans at once.
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/backward.cuh>
@@ -18,6 +25,9 @@ inline constexpr int kScanStateRegisters = 232;
 template <int kHalves>
 constexpr int kScanThreads = 128 * (1 + kHalves);
 
+/// What a scan is for: dS' of every chunk and dV, or dS at the start alone.
+enum class Pass { kGradients, kSpans };
+
 /// kHalves halves of V in a block.
 template <int kHalves>
 struct ScanShared {
@@ -30,13 +40,15 @@ struct ScanShared {
   alignas(1024) uint8_t d_v[kHalves][kHalfTileBytes];
   GateVectors gates[kGateStages];
   alignas(8) uint64_t full[kStages], empty[kStages];
+  uint64_t scaled[kStages];  // Q is
   uint64_t gate_full[kGateStages], gate_empty[kGateStages];
 };
 
 /// The work's chunks from the last to the first: step i is chunk chunks - 1 - i.
 template <int kHalves>
 __device__ void load_scan_tiles(const BackwardArguments& p, const Work& work, int64_t first_chunk,
-                                int first_half, ScanShared<kHalves>& shared, int lane) {
+                                int first_half, bool with_d_o, ScanShared<kHalves>& shared,
+                                int lane) {
   for (int i = 0; i < work.chunks; ++i) {
     const int c = work.chunks - 1 - i;
     const auto stage = slot(shared.full, i);
@@ -49,13 +61,14 @@ __device__ void load_scan_tiles(const BackwardArguments& p, const Work& work, in
     if (tokens == kChunk) {
       const int token = static_cast<int>(work.begin) + c * kChunk;
       if (lane == 0) {
-        mbarrier_arrive_expect(full, 2 * kTileBytes + kHalves * kHalfTileBytes + kMatricesBytes);
+        mbarrier_arrive_expect(full, 2 * kTileBytes + kMatricesBytes +
+                                         (with_d_o ? kHalves * kHalfTileBytes : 0));
         for (int half = 0; half < 2; ++half) {
           const uint32_t offset = half * kHalfTileBytes;
           tma_load(k + offset, &p.k, full, half * kHalf, work.key_head, token, work.batch);
           tma_load(q + offset, &p.q, full, half * kHalf, work.key_head, token, work.batch);
         }
-        for (int half = 0; half < kHalves; ++half) {
+        for (int half = 0; with_d_o && half < kHalves; ++half) {
           tma_load(d_o + half * kHalfTileBytes, &p.d_o, full, (first_half + half) * kHalf,
                    work.value_head, token, work.batch);
         }
@@ -66,9 +79,11 @@ __device__ void load_scan_tiles(const BackwardArguments& p, const Work& work, in
                        lane);
       load_ragged_tile(q, element(p.q_view, work, work.key_head, token), p.q_view.stride_t, tokens,
                        lane);
-      load_ragged_tile<kHalves>(
-          d_o, element(p.d_o_view, work, work.value_head, token) + first_half * kHalf,
-          p.d_o_view.stride_t, tokens, lane);
+      if (with_d_o) {
+        load_ragged_tile<kHalves>(
+            d_o, element(p.d_o_view, work, work.value_head, token) + first_half * kHalf,
+            p.d_o_view.stride_t, tokens, lane);
+      }
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) mbarrier_arrive_expect(full, kMatricesBytes);
@@ -95,8 +110,51 @@ __device__ void load_scan_gates(const BackwardArguments& p, const Work& work,
   }
 }
 
-/// One warpgroup's part: rows 64 half to 64 half + 63 of dS^T. `local` is half's place in the block.
+/// Q <- scale exp(b) Q in every stage, by two warps; `thread` of 64.
 template <typename Element, int kHalves>
+__device__ void scale_queries(const Work& work, ScanShared<kHalves>& shared, int thread) {
+  const int piece = thread % 8;  // of a row of 128 bytes
+  for (int i = 0; i < work.chunks; ++i) {
+    const auto stage = slot(shared.full, i);
+    const auto gate = slot(shared.gate_full, i);
+    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
+    mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
+    const float* factors = shared.gates[gate.stage].from_start_scaled;
+    const uint32_t q = shared_address(shared.q[stage.stage]);
+#pragma unroll 4
+    for (int row = thread / 8; row < 2 * kChunk; row += 8) {
+      // Rows 64 to 127 are the second half of the elements.
+      const float factor = factors[row % kChunk];
+      const uint32_t address = q + static_cast<uint32_t>(row * 128 + piece * 16);
+      const uint4 x = load_16_bytes(address);
+      const uint32_t in[4] = {x.x, x.y, x.z, x.w};
+      uint32_t out[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 pair = unpack<Element>(in[e]);
+        out[e] = pack<Element>(pair.x * factor, pair.y * factor);
+      }
+      store_16_bytes(address, {out[0], out[1], out[2], out[3]});
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (thread % 32 == 0) {
+      mbarrier_arrive(shared_address(&shared.scaled[stage.stage]));
+      mbarrier_arrive(shared_address(&shared.gate_empty[gate.stage]));
+    }
+  }
+}
+
+/// Where a scan's dS comes from and goes to, [K, V] or [V, K]; null is zero or the identity, and
+/// nowhere.
+struct ScanEnds {
+  const float* from;
+  float* to;
+  bool from_v_first, to_v_first, from_identity;
+};
+
+/// One warpgroup's part: rows 64 half to 64 half + 63 of dS^T. `local` is half's place in the block.
+template <typename Element, int kHalves, Pass kPass>
 struct GradientScan {
   const BackwardArguments& p;
   const Work& work;
@@ -131,93 +189,76 @@ struct GradientScan {
   __device__ __forceinline__ void begin(int i) {
     const auto stage = slot(shared.full, i);
     const auto gate = slot(shared.gate_full, i);
-    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
-    mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
     const GateVectors& gates = shared.gates[gate.stage];
     const uint64_t t_tile = swizzled_tile(shared_address(shared.matrices[stage.stage]));
     const uint64_t p_tile =
         swizzled_tile(shared_address(shared.matrices[stage.stage]) + kMatrixBytes);
     const uint64_t q_columns =
         swizzled_tile(shared_address(shared.q[stage.stage]), kHalfTileBytes);
+    const uint32_t d_o_tile = shared_address(shared.d_o[stage.stage]) + local * kHalfTileBytes;
     uint32_t s_operand[8][4];
     to_operand<Element>(s, s_operand);
-    if constexpr (kFirst) decay_state(gates);
-    pin(a);
-    wgmma_fence();
-    multiply_by_tile<Element>(a, s_operand, shared_address(shared.k[stage.stage]));
-    wgmma_commit();
-
-    const uint32_t d_o_tile = shared_address(shared.d_o[stage.stage]) + local * kHalfTileBytes;
+    mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
     uint32_t d_o[4][4];
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
       load_matrices_transposed(d_o[block], token_row(d_o_tile, block, warp, lane));
     }
+    if constexpr (kFirst) decay_state(gate);
+    pin(a);
     pin(o);
     wgmma_fence();
+    multiply_by_tile<Element>(a, s_operand, shared_address(shared.k[stage.stage]));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       wgmma<Element, 64, Major::kOuter>(o, d_o[j], advance(p_tile, j * 16 * 128), j > 0);
     }
     wgmma_commit();
-    uint32_t scaled_d_o[4][4];  // scale exp(b) dO
+    if constexpr (!kFirst) decay_state(gate);
+    float2 to_end[8];
+    float2 beta[8];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const float2 factor = *reinterpret_cast<const float2*>(
-            &gates.from_start_scaled[16 * j + 8 * (m / 2) + column]);
-        const float2 x = unpack<Element>(d_o[j][m]);
-        scaled_d_o[j][m] = pack<Element>(x.x * factor.x, x.y * factor.y);
-      }
+    for (int n = 0; n < kChunk / 8; ++n) {
+      to_end[n] = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + column]);
+      beta[n] = *reinterpret_cast<const float2*>(&gates.beta[8 * n + column]);
+      to_end[n].x *= beta[n].x;
+      to_end[n].y *= beta[n].y;
     }
-    if constexpr (!kFirst) decay_state(gates);
-    pin(s);
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<Element, 128, Major::kOuter>(s, scaled_d_o[j], advance(q_columns, j * 16 * 128), 1);
-    }
-    wgmma_commit();
-    stage_state(s_operand, shared_address(shared.d_s[local]), warp, lane);
-    fence_async_proxy();
-    state_sync_after_stores(local, thread);
-    if (thread == 0) {
-      bulk_store(p.d_s +
-                     p.entry(first_chunk + work.chunks - 1 - i, work.value_head) * kStateBytes +
-                     half * kStateHalfBytes,
-                 shared_address(shared.d_s[local]), kStateHalfBytes);
-      tma_store_commit();
-    }
-    wgmma_wait<1>();
+    wgmma_wait<0>();
     pin(a);
     pin(o);
     pin(s_operand);
-    pin(d_o);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      const float2 to_end = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + column]);
-      const float2 beta = *reinterpret_cast<const float2*>(&gates.beta[8 * n + column]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int e = 4 * n + 2 * r;
-        a[e] = beta.x * (to_end.x * a[e] + o[e]);
-        a[e + 1] = beta.y * (to_end.y * a[e + 1] + o[e + 1]);
+        a[e] = to_end[n].x * a[e] + beta[n].x * o[e];
+        a[e + 1] = to_end[n].y * a[e + 1] + beta[n].y * o[e + 1];
       }
     }
     uint32_t d_u_operand[4][4];
     to_operand<Element>(a, d_u_operand);
     pin(a);
+    pin(s);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       wgmma<Element, 64>(a, d_u_operand[j], advance(t_tile, j * 32), j > 0);
     }
     wgmma_commit();
+    mbarrier_wait(shared_address(&shared.scaled[stage.stage]), stage.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      wgmma<Element, 128, Major::kOuter>(s, d_o[j], advance(q_columns, j * 16 * 128), 1);
+    }
+    wgmma_commit();
+    if constexpr (kPass == Pass::kGradients) store_state(s_operand, work.chunks - 1 - i);
     wgmma_wait<0>();
-    pin(s);
     pin(a);
-    pin(scaled_d_o);
+    pin(s);
+    pin(d_o);
     pin(d_u_operand);
   }
 
@@ -250,23 +291,28 @@ struct GradientScan {
                                          1);
     }
     wgmma_commit();
-    store_output(&p.d_v, p.d_v_view, work, packed, shared_address(shared.d_v[local]),
-                 work.chunks - 1 - i, half, local, thread);
+    if constexpr (kPass == Pass::kGradients) {
+      store_output(&p.d_v, p.d_v_view, work, packed, shared_address(shared.d_v[local]),
+                   work.chunks - 1 - i, half, local, thread);
+    }
     wgmma_wait<0>();
     pin(s);
     pin(decayed_operand);
     release(shared.empty[stage.stage]);
   }
 
-  __device__ __forceinline__ void run() {
-    const int64_t head = int64_t{work.sequence} * p.HV + work.value_head;
-    const StatePosition at(half, thread, p.state_v_first);
-    if (p.d_final_state != nullptr) {
-      const float* state = p.d_final_state + head * kStateSize;
-      at.for_each([&](int i, int64_t offset) { s[i] = state[offset]; });
+  __device__ __forceinline__ void run(const ScanEnds& ends) {
+    if (ends.from != nullptr) {
+      StatePosition(half, thread, ends.from_v_first).for_each([&](int i, int64_t offset) {
+        s[i] = ends.from[offset];
+      });
     } else {
+      const StatePosition at(half, thread, false);
 #pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] = 0.0F;
+      for (int i = 0; i < 64; ++i) {
+        const bool diagonal = at.v + 8 * (i / 2 % 2) == at.k + 8 * (i / 4) + i % 2;
+        s[i] = ends.from_identity && diagonal ? 1.0F : 0.0F;
+      }
     }
     if (work.chunks > 0) {
       // As in StateScan::run: a chunk's second half shares its iteration with the next one's first.
@@ -277,55 +323,171 @@ struct GradientScan {
       }
       complete(work.chunks - 1);
     }
-    if (p.d_initial_state != nullptr) {
-      float* state = p.d_initial_state + head * kStateSize;
-      at.for_each([&](int i, int64_t offset) { state[offset] = s[i]; });
+    if (ends.to != nullptr) {
+      StatePosition(half, thread, ends.to_v_first).for_each([&](int i, int64_t offset) {
+        ends.to[offset] = s[i];
+      });
     }
-    if (thread == 0) tma_store_wait_read<0>();
+    if (lane == 0) tma_store_wait_read<0>();
   }
 
  private:
-  __device__ __forceinline__ void decay_state(const GateVectors& gates) {
-    const float decay = gates.from_start[kChunk - 1];
+  /// Each warp writes its 16 rows of dS', so none waits for another. Waits until what this lane
+  /// queued before has read its tile; the warp's other lanes follow.
+  __device__ __forceinline__ void store_state(const uint32_t (&operand)[8][4], int chunk) const {
+    constexpr uint32_t kWarpBytes = 16 * 128;
+    const uint32_t tile = shared_address(shared.d_s[local]);
+    if (lane == 0) tma_store_wait_read<0>();
+    __syncwarp();
+    stage_state(operand, tile, warp, lane);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      uint8_t* out = p.d_s + p.entry(first_chunk + chunk, work.value_head) * kStateBytes +
+                     half * kStateHalfBytes;
+      for (int k_half = 0; k_half < 2; ++k_half) {
+        const uint32_t offset = k_half * kHalfTileBytes + warp * kWarpBytes;
+        bulk_store(out + offset, tile + offset, kWarpBytes);
+      }
+      tma_store_commit();
+    }
+  }
+
+  __device__ __forceinline__ void decay_state(const Slot<kGateStages>& gate) {
+    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
+    const float decay = shared.gates[gate.stage].from_start[kChunk - 1];
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] *= decay;
   }
 };
 
-template <typename Element, int kHalves>
+/// Blocks of a span in the first pass: R's two halves, then M's.
+inline constexpr int kSpanBlocks = 4;
+
+/// One block a sequence or span, value head and part of it: of V's halves, or of R and M.
+template <typename Element, int kHalves, Pass kPass>
 __global__ void __launch_bounds__(kScanThreads<kHalves>, 1)
     gated_delta_rule_scan_kernel(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<ScanShared<kHalves>*>(raw_shared);
-  constexpr int kSplit = 2 / kHalves;  // blocks that share a head
-  const int first_half = blockIdx.x % kSplit;
-  const int sequence_head = blockIdx.x / kSplit;
-  const Work work(p, sequence_head / p.HV, sequence_head % p.HV);
-  const int first_chunk = first_piece(p, kChunk, work.sequence, threadIdx.x % 32);
+  constexpr int kParts = kPass == Pass::kSpans ? kSpanBlocks : 2 / kHalves;
+  const int part = blockIdx.x % kParts;
+  const int value_head = blockIdx.x / kParts % p.HV;
+  const int index = blockIdx.x / kParts / p.HV;  // of the sequence or span
+  const int lane = threadIdx.x % 32;
+  const bool spans = p.span_tokens > 0;
+  const Piece piece = spans ? find_piece(p, p.span_tokens, index, lane) : Piece{index, 0};
+  if (piece.sequence == p.N) return;
+  Work work(p, piece.sequence, value_head);
+  const bool last = !spans || piece.index + 1 == piece_count(p, piece.sequence, p.span_tokens);
+  const bool transition = kPass == Pass::kSpans && part >= 2;
+  // The first span's start is left to the second pass; the last span starts from a known dS.
+  if (kPass == Pass::kSpans && (piece.index == 0 || (transition && last))) return;
+
+  int first_chunk = first_piece(p, kChunk, piece.sequence, lane);
+  if (spans) {
+    first_chunk += piece.index * (p.span_tokens / kChunk);
+    work.narrow(int64_t{piece.index} * p.span_tokens, p.span_tokens);
+  }
+  const int64_t head = int64_t{piece.sequence} * p.HV + value_head;
+  const int64_t span = int64_t{index} * p.HV + value_head;
+  ScanEnds ends = {nullptr, nullptr, false, false, transition};
+  if (!last) {
+    if (kPass == Pass::kGradients) ends.from = p.span_starts + (span + p.HV) * kStateSize;
+  } else if (p.d_final_state != nullptr) {
+    ends.from = p.d_final_state + head * kStateSize;
+    ends.from_v_first = p.state_v_first;
+  }
+  if (kPass == Pass::kSpans) {
+    ends.to = (transition ? p.span_transitions : p.span_starts) + span * kStateSize;
+  } else if (piece.index == 0 && p.d_initial_state != nullptr) {
+    ends.to = p.d_initial_state + head * kStateSize;
+    ends.to_v_first = p.state_v_first;
+  }
+
   if (threadIdx.x == 0) {
     init_barriers(shared.full, shared.empty, 1, 4 * kHalves);
-    init_barriers(shared.gate_full, shared.gate_empty, 1, 4 * kHalves);
+    init_barriers(shared.gate_full, shared.gate_empty, 1, 4 * kHalves + 2);
+    for (auto& barrier : shared.scaled) mbarrier_init(shared_address(&barrier), 2);
     mbarrier_init_fence();
     prefetch_tensor_map(&p.q);
     prefetch_tensor_map(&p.k);
     prefetch_tensor_map(&p.d_o);
     prefetch_tensor_map(&p.d_v);
   }
+  if (transition) {
+    auto* zeros = reinterpret_cast<uint4*>(shared.d_o);
+    constexpr int kCount = sizeof(shared.d_o) / sizeof(uint4);
+    for (int i = threadIdx.x; i < kCount; i += kScanThreads<kHalves>) zeros[i] = {0, 0, 0, 0};
+    fence_async_proxy();
+  }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128;
+  const int first_half = kHalves == 2 ? 0 : part % 2;
   if (warpgroup == 0) {
     if constexpr (kHalves == 2) lower_registers<kScanLoadRegisters>();
     if (thread / 32 == 0) {
-      load_scan_tiles(p, work, first_chunk, first_half, shared, thread);
+      load_scan_tiles(p, work, first_chunk, first_half, !transition, shared, thread);
     } else if (thread / 32 == 1) {
       load_scan_gates(p, work, shared, thread % 32);
+    } else {
+      scale_queries<Element>(work, shared, thread - 64);
     }
   } else {
     if constexpr (kHalves == 2) raise_registers<kScanStateRegisters>();
     const int local = warpgroup - 1;
-    GradientScan<Element, kHalves>(p, work, first_chunk, shared, first_half + local, local, thread)
-        .run();
+    GradientScan<Element, kHalves, kPass>(p, work, first_chunk, shared, first_half + local, local,
+                                          thread)
+        .run(ends);
+  }
+}
+
+inline constexpr int kComposeThreads = 256;
+inline constexpr int kComposeColumns = 16;  // of V, a block
+inline constexpr int kComposeBlocks = kHeadDim / kComposeColumns;
+
+/// From every span's R and M, dS at every span's start, in R's place: R + M (dS at the next one's).
+/// One block a sequence, value head and 16 columns; a thread has 8 elements of one row.
+static __global__ void __launch_bounds__(kComposeThreads)
+    gated_delta_rule_compose_kernel(const __grid_constant__ BackwardArguments p) {
+  __shared__ float next[kHeadDim][kComposeColumns];
+  const int first_column = blockIdx.x % kComposeBlocks * kComposeColumns;
+  const int value_head = blockIdx.x / kComposeBlocks % p.HV;
+  const int sequence = blockIdx.x / kComposeBlocks / p.HV;
+  const int first = first_piece(p, p.span_tokens, sequence, threadIdx.x % 32);
+  const int count = piece_count(p, sequence, p.span_tokens);
+  if (count == 0 && p.d_initial_state != nullptr) {
+    // No token, no span: what comes in goes out.
+    const int64_t state = (int64_t{sequence} * p.HV + value_head) * kStateSize;
+    constexpr int kPart = kStateSize / kComposeBlocks;
+    const int64_t begin = state + blockIdx.x % kComposeBlocks * kPart;
+    for (int i = threadIdx.x; i < kPart; i += kComposeThreads) {
+      p.d_initial_state[begin + i] = p.d_final_state != nullptr ? p.d_final_state[begin + i] : 0.0F;
+    }
+  }
+  const int row = threadIdx.x / 2;
+  const int column = threadIdx.x % 2 * 8;
+  float sum[8];
+  for (int span = count - 1; span >= 1; --span) {
+    const int64_t state = (int64_t{first + span} * p.HV + value_head) * kStateSize;
+    float* start = p.span_starts + state + row * kHeadDim + first_column + column;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] = start[i];
+    if (span < count - 1) {
+      const float* m = p.span_transitions + state + row * kHeadDim;
+#pragma unroll 8
+      for (int k = 0; k < kHeadDim; ++k) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] += m[k] * next[k][column + i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) start[i] = sum[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) next[row][column + i] = sum[i];
+    __syncthreads();
   }
 }
 

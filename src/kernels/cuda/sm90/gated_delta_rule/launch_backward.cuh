@@ -22,6 +22,46 @@ inline bool scan_splits_v(int64_t sequence_heads, int multiprocessors) {
   return 2 * sequence_heads <= multiprocessors;
 }
 
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
+/// Tokens of the spans that the scan cuts sequences into, 0 if it does not. A sequence of `spans`
+/// spans takes 4 spans - 6 blocks in the first pass; both passes together cover it twice, so that
+/// less than three spans gain nothing. Lengths are known to the device alone: the mean decides.
+inline int scan_span_tokens(const GatedDeltaRuleProblem& p, int multiprocessors) {
+  constexpr int64_t kLeastChunks = 8;  // of a span: below, launches outweigh it
+  if (p.N == 0) return 0;
+  const int64_t mean_length = p.B * p.T / p.N;
+  for (int64_t spans = multiprocessors; spans >= 3; --spans) {
+    if (p.N * p.HV * (kSpanBlocks * spans - 6) > multiprocessors) continue;
+    const int64_t chunks = (mean_length + kChunk * spans - 1) / (kChunk * spans);
+    if (chunks >= kLeastChunks) return static_cast<int>(chunks) * kChunk;
+  }
+  return 0;
+}
+
+/// Arrays in scratch memory, each 128 bytes or a multiple.
+struct ScratchLayout {
+  int span_tokens;
+  int64_t chunks, spans;  // times value heads, at most
+
+  ScratchLayout(const GatedDeltaRuleProblem& p, int multiprocessors)
+      : span_tokens(scan_span_tokens(p, multiprocessors)),
+        chunks(most_pieces(p, kChunk) * p.HV),
+        spans(span_tokens > 0 ? most_pieces(p, span_tokens) * p.HV : 0) {}
+
+  size_t bytes() const {
+    return static_cast<size_t>(chunks * kScratchBytes) +
+           static_cast<size_t>(2 * spans * kStateSize) * sizeof(float);
+  }
+};
+
 inline BackwardArguments backward_arguments(const GatedDeltaRuleBackward& p, void* scratch) {
   BackwardArguments arguments{};
   set_problem(p, arguments);
@@ -36,21 +76,15 @@ inline BackwardArguments backward_arguments(const GatedDeltaRuleBackward& p, voi
   arguments.segment_states = p.segment_states;
   arguments.d_final_state = static_cast<const float*>(p.d_final_state);
   arguments.d_initial_state = static_cast<float*>(p.d_initial_state);
-  const int64_t entries = most_pieces(p, kChunk) * p.HV;
+  const ScratchLayout layout(p, multiprocessors());
   arguments.s = static_cast<uint8_t*>(scratch);
-  arguments.d_s = arguments.s + entries * kStateBytes;
-  arguments.matrices = arguments.d_s + entries * kStateBytes;
-  arguments.u = arguments.matrices + entries * kMatricesBytes;
+  arguments.d_s = arguments.s + layout.chunks * kStateBytes;
+  arguments.matrices = arguments.d_s + layout.chunks * kStateBytes;
+  arguments.u = arguments.matrices + layout.chunks * kMatricesBytes;
+  arguments.span_tokens = layout.span_tokens;
+  arguments.span_starts = reinterpret_cast<float*>(arguments.u + layout.chunks * kWritesBytes);
+  arguments.span_transitions = arguments.span_starts + layout.spans * kStateSize;
   return arguments;
-}
-
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return count;
 }
 
 template <typename Element>
@@ -66,12 +100,20 @@ template <typename Element>
 void launch_scan(const GatedDeltaRuleBackward& p, const BackwardArguments& arguments,
                  Stream stream) {
   constexpr const char* kName = "gated_delta_rule_backward_sm90: scan";
-  if (scan_splits_v(p.N * p.HV, multiprocessors())) {
-    launch(gated_delta_rule_scan_kernel<Element, 1>, arguments, 2 * p.N * p.HV, kScanThreads<1>,
-           sizeof(ScanShared<1>), kName, stream);
+  const auto one_half = gated_delta_rule_scan_kernel<Element, 1, Pass::kGradients>;
+  if (arguments.span_tokens > 0) {
+    const int64_t spans = most_pieces(p, arguments.span_tokens) * p.HV;
+    launch(gated_delta_rule_scan_kernel<Element, 1, Pass::kSpans>, arguments, kSpanBlocks * spans,
+           kScanThreads<1>, sizeof(ScanShared<1>), kName, stream);
+    launch(gated_delta_rule_compose_kernel, arguments, kComposeBlocks * p.N * p.HV,
+           kComposeThreads, 0, kName, stream);
+    launch(one_half, arguments, 2 * spans, kScanThreads<1>, sizeof(ScanShared<1>), kName, stream);
+  } else if (scan_splits_v(p.N * p.HV, multiprocessors())) {
+    launch(one_half, arguments, 2 * p.N * p.HV, kScanThreads<1>, sizeof(ScanShared<1>), kName,
+           stream);
   } else {
-    launch(gated_delta_rule_scan_kernel<Element, 2>, arguments, p.N * p.HV, kScanThreads<2>,
-           sizeof(ScanShared<2>), kName, stream);
+    launch(gated_delta_rule_scan_kernel<Element, 2, Pass::kGradients>, arguments, p.N * p.HV,
+           kScanThreads<2>, sizeof(ScanShared<2>), kName, stream);
   }
 }
 

@@ -18,9 +18,7 @@ __device__ void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t 
       values = *reinterpret_cast<const uint4*>(source + row * stride_t + piece * 8);
     }
     const uint32_t address = tile + (piece / 8) * kHalfTileBytes + swizzled(row, piece % 8);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values.x),
-                 "r"(values.y), "r"(values.z), "r"(values.w)
-                 : "memory");
+    store_16_bytes(address, values);
   }
 }
 

@@ -1,0 +1,147 @@
+// Problems of the gated delta rule for benchmarks, and their timing. Inputs as in the published
+// benchmarks: q, k normalised, g = logsigmoid(normal) / 16, beta = sigmoid(normal), final state
+// wanted.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cuda_runtime.h>
+#include <string>
+#include <vector>
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/launch.cuh>
+
+namespace gdn::benchmarks {
+
+using namespace gdn::kernels;
+namespace sm90 = gdn::kernels::cuda::sm90;
+using sm90::check;
+
+inline __device__ float uniform(uint64_t index, uint64_t seed) {
+  uint64_t x = index * 0x9e3779b97f4a7c15ULL + seed * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return (static_cast<float>((x ^ (x >> 31)) >> 40) + 0.5F) / 16777216.0F;
+}
+
+inline __device__ float normal(uint64_t index, uint64_t seed) {
+  return sqrtf(-2 * logf(uniform(2 * index, seed))) * cospif(2 * uniform(2 * index + 1, seed));
+}
+
+/// One block of 128 threads a row of 128 elements.
+__global__ void fill_rows(__nv_bfloat16* rows, uint64_t seed, bool normalise) {
+  __shared__ float squares[4];
+  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  const float x = normal(index, seed);
+  float sum = x * x;
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = squares[0] + squares[1] + squares[2] + squares[3];
+  rows[index] = __float2bfloat16(normalise ? x * rsqrtf(sum + 1e-6F) : x);
+}
+
+__global__ void fill_gates(float* g, float* beta, int64_t count, uint64_t seed) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  g[i] = -log1pf(expf(-normal(i, seed))) / 16;
+  beta[i] = 1 / (1 + expf(-normal(i, seed + 1)));
+}
+
+template <typename T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
+  return static_cast<T*>(memory);
+}
+
+/// Median milliseconds of graph replays.
+template <typename Body>
+double time(const Body& body) {
+  cudaStream_t stream;
+  check(cudaStreamCreate(&stream), "stream");
+  body(stream);
+  check(cudaStreamSynchronize(stream), "warm-up");
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  body(stream);
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  constexpr int kRepeats = 31;
+  std::vector<cudaEvent_t> events(kRepeats + 1);
+  for (auto& event : events) check(cudaEventCreate(&event), "event");
+  for (int warm = 0; warm < 10; ++warm) check(cudaGraphLaunch(exec, stream), "replay");
+  for (int i = 0; i < kRepeats; ++i) {
+    check(cudaEventRecord(events[i], stream), "record");
+    check(cudaGraphLaunch(exec, stream), "replay");
+  }
+  check(cudaEventRecord(events[kRepeats], stream), "record");
+  check(cudaStreamSynchronize(stream), "replay");
+  std::vector<float> times(kRepeats);
+  for (int i = 0; i < kRepeats; ++i) {
+    check(cudaEventElapsedTime(&times[i], events[i], events[i + 1]), "elapsed");
+  }
+  std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
+  for (auto& event : events) cudaEventDestroy(event);
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  return times[kRepeats / 2];
+}
+
+struct Shape {
+  int H, HV;
+  std::vector<int64_t> lengths;
+  double best_published = 0;  // milliseconds
+};
+
+struct Problem {
+  GatedDeltaRuleForward p;
+  std::vector<void*> memory;
+
+  explicit Problem(const Shape& shape) {
+    std::vector<int64_t> boundaries = {0};
+    for (const int64_t length : shape.lengths) boundaries.push_back(boundaries.back() + length);
+    const int64_t T = boundaries.back();
+    p.B = 1;
+    p.T = T;
+    p.H = shape.H;
+    p.HV = shape.HV;
+    p.K = p.V = 128;
+    p.N = static_cast<int64_t>(shape.lengths.size());
+    p.dtype = DType::bf16;
+    p.scale = 1 / std::sqrt(128.0);
+    auto* q = allocate<__nv_bfloat16>(T * p.H * 128);
+    auto* k = allocate<__nv_bfloat16>(T * p.H * 128);
+    auto* v = allocate<__nv_bfloat16>(T * p.HV * 128);
+    auto* o = allocate<__nv_bfloat16>(T * p.HV * 128);
+    auto* g = allocate<float>(T * p.HV);
+    auto* beta = allocate<float>(T * p.HV);
+    auto* cu_seqlens = allocate<int64_t>(p.N + 1);
+    auto* final_state = allocate<float>(p.N * p.HV * 128 * 128);
+    memory = {q, k, v, o, g, beta, cu_seqlens, final_state};
+    fill_rows<<<T * p.H, 128>>>(q, 1, true);
+    fill_rows<<<T * p.H, 128>>>(k, 2, true);
+    fill_rows<<<T * p.HV, 128>>>(v, 3, false);
+    fill_gates<<<(T * p.HV + 255) / 256, 256>>>(g, beta, T * p.HV, 4);
+    check(cudaMemcpy(cu_seqlens, boundaries.data(), boundaries.size() * sizeof(int64_t),
+                     cudaMemcpyHostToDevice),
+          "cu_seqlens");
+    p.cu_seqlens = cu_seqlens;
+    p.q = {q, 0, p.H * 128, 128};
+    p.k = {k, 0, p.H * 128, 128};
+    p.v = {v, 0, p.HV * 128, 128};
+    p.o = {o, 0, p.HV * 128, 128};
+    p.g = g;
+    p.beta = beta;
+    p.final_state = final_state;
+  }
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+  ~Problem() {
+    for (void* pointer : memory) cudaFree(pointer);
+  }
+};
+
+}  // namespace gdn::benchmarks
