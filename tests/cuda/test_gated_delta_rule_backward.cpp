@@ -41,7 +41,8 @@ Results run_device(const GatedDeltaRuleCase& c, const GatedDeltaRuleInputs& inpu
   DeviceArray d_final_state(DType::f32, inputs.d_final_state);
   DeviceArray d_g(DType::f32, poison(c.B * c.T * c.HV));
   DeviceArray d_beta(DType::f32, poison(c.B * c.T * c.HV));
-  DeviceArray d_initial_state(DType::f32, poison(static_cast<int64_t>(inputs.initial_state.size())));
+  DeviceArray d_initial_state(DType::f32,
+                              poison(static_cast<int64_t>(inputs.initial_state.size())));
   int64_t* cu_seqlens = nullptr;
   if (!c.cu_seqlens.empty()) {
     const size_t bytes = c.cu_seqlens.size() * sizeof(int64_t);

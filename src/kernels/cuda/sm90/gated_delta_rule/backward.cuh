@@ -17,22 +17,22 @@ namespace gdn::kernels::cuda::sm90 {
 
 /// What one chunk of one value head leaves in scratch memory: tiles as they lie in shared memory,
 /// swizzled, so that plain bulk copies carry them.
-inline constexpr int kStateHalfBytes = kTileBytes;          // 64 of V x K: two tiles of 64 of K
-inline constexpr int kStateBytes = 2 * kStateHalfBytes;     // S^T and dS'^T, V x K
-inline constexpr int kMatricesBytes = 2 * kMatrixBytes;     // T^T, P
-inline constexpr int kWritesBytes = kTileBytes;             // U^: two tiles of 64 tokens x 64 of V
+inline constexpr int kStateHalfBytes = kTileBytes;       // 64 of V x K: two tiles of 64 of K
+inline constexpr int kStateBytes = 2 * kStateHalfBytes;  // S^T and dS'^T, V x K
+inline constexpr int kMatricesBytes = 2 * kMatrixBytes;  // T^T, P
+inline constexpr int kWritesBytes = kTileBytes;          // U^: two tiles of 64 tokens x 64 of V
 inline constexpr int kScratchBytes = 2 * kStateBytes + kMatricesBytes + kWritesBytes;
 
 struct BackwardArguments : ProblemArguments {
   CUtensorMap d_o, d_v;  // [B, T, HV, V]
   ConstView4 d_o_view;
-  MutableView4 d_q, d_k;         // [B, T, H, K]
-  MutableView4 d_v_view;         // [B, T, HV, V]
-  float* d_g;                    // [B, T, HV]
-  float* d_beta;                 // [B, T, HV]
-  const float* segment_states;   // [segments, HV, K, V]
-  const float* d_final_state;    // [N, HV, K, V] or null
-  float* d_initial_state;        // [N, HV, K, V] or null
+  MutableView4 d_q, d_k;            // [B, T, H, K]
+  MutableView4 d_v_view;            // [B, T, HV, V]
+  float* d_g;                       // [B, T, HV]
+  float* d_beta;                    // [B, T, HV]
+  const float* segment_states;      // [segments, HV, K, V]
+  const float* d_final_state;       // [N, HV, K, V] or null
+  float* d_initial_state;           // [N, HV, K, V] or null
   uint8_t *s, *d_s, *matrices, *u;  // scratch: [chunks, HV] of the sizes above
   int span_tokens;                  // the scan's spans; 0: whole sequences
   float* span_starts;               // [spans, HV, K, V], dS; backward_scan.cuh

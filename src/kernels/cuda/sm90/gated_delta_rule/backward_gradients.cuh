@@ -1,17 +1,20 @@
 // The gradients that need no scan: with S, dS', U^ and dV of every chunk known, each chunk of each
 // key head is a piece of work of its own. Its value heads follow each other; dQ and dK gather their
-// parts in registers. With G = strict_lower(K K^T * D), x^ for x of U^ instead of U = diag(beta) U^:
+// parts in registers. With G = strict_lower(K K^T * D), x^ for x of U^ instead of U = diag(beta)
+// U^:
 //
 //   dP = scale lower(dO U^T) * D     dG = -strict_lower(dV U^T) * D
 //   dQ = scale diag(exp b) dO S^T + dP K
 //   dK = -diag(exp b) dV S^T + diag(exp(b_C - b)) U dS'^T + (dG + dG^T) K + dP^T Q
 //
-// The gradient of g_t adds up every path that crosses token t (reference/gated_delta_rule_backward.cpp
-// says why), and that of beta the same terms again: with Y = Q K^T * dP^ + K K^T * dG^,
+// The gradient of g_t adds up every path that crosses token t
+// (reference/gated_delta_rule_backward.cpp says why), and that of beta the same terms again: with Y
+// = Q K^T * dP^ + K K^T * dG^,
 //   r_i = scale exp(b_i) q_i . (dO S^T)_i - exp(b_i) k_i . (dV S^T)_i     start to token i
 //   w_j = exp(b_C - b_j) k_j . (U^ dS'^T)_j                               token j to end
 //   dbeta_j = w_j + sum_{i >= j} Y_ij
-//   dg_t = exp(b_C) <S, dS'> + sum_{i >= t} r_i + sum_{j < t} beta_j w_j + sum_{j < t <= i} beta_j Y_ij
+//   dg_t = exp(b_C) <S, dS'> + sum_{i >= t} r_i + sum_{j < t} beta_j w_j + sum_{j < t <= i} beta_j
+//   Y_ij
 // The last sum is a running one of column sums less row sums of one and the same matrix without its
 // diagonal: rounding of fp32 is all that remains where terms cancel.
 #pragma once
@@ -28,7 +31,14 @@ inline constexpr int kGradientRegisters = 232;
 inline constexpr int kKeyRoleBarrier = 1;
 
 /// A value head's tiles of 16 KB, in the order in which they are loaded and used.
-enum Tile : uint32_t { kTileDO, kTileU, kTileDV, kTileS, kTileDS = kTileS + 2, kTiles = kTileDS + 2 };
+enum Tile : uint32_t {
+  kTileDO,
+  kTileU,
+  kTileDV,
+  kTileS,
+  kTileDS = kTileS + 2,
+  kTiles = kTileDS + 2
+};
 
 /// The two working warpgroups: what dO and Q give, and what dV, U and K give.
 enum class Role { kQuery, kKey };
@@ -89,10 +99,9 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
         mbarrier_wait(shared_address(&shared.empty[stage.stage]), stage.parity ^ 1);
         if (tile == kTileDO || tile == kTileDV) {
           const bool d_o = tile == kTileDO;
-          const ConstView4 view =
-              d_o ? p.d_o_view
-                  : ConstView4{p.d_v_view.data, p.d_v_view.stride_b, p.d_v_view.stride_t,
-                               p.d_v_view.stride_h};
+          const ConstView4 view = d_o ? p.d_o_view
+                                      : ConstView4{p.d_v_view.data, p.d_v_view.stride_b,
+                                                   p.d_v_view.stride_t, p.d_v_view.stride_h};
           load_tile(address, d_o ? &p.d_o : &p.d_v,
                     element(view, work, work.value_head, int64_t{c} * kChunk), view.stride_t,
                     work.value_head, work, c, full, lane);
@@ -165,10 +174,9 @@ __device__ inline void store_gate_gradients(const BackwardArguments& p, Gradient
       const float2 diagonal = pair(sums.diagonal);
       const float2 rows[2] = {pair(sums.row[0]), pair(sums.row[1])};
       const float2 read[2] = {pair(sums.read[0]), pair(sums.read[1])};
-      const float through = gates.from_start[kChunk - 1] * (sums.through[0] + sums.through[1] +
-                                                            sums.through[2] + sums.through[3]);
-      const float2 d_beta = {column.x + written.x + diagonal.x,
-                             column.y + written.y + diagonal.y};
+      const float through = gates.from_start[kChunk - 1] *
+                            (sums.through[0] + sums.through[1] + sums.through[2] + sums.through[3]);
+      const float2 d_beta = {column.x + written.x + diagonal.x, column.y + written.y + diagonal.y};
       // What begins to cross at the next token, less what no longer does.
       const float2 step = {beta.x * (written.x + column.x) - rows[0].x - rows[1].x,
                            beta.y * (written.y + column.y) - rows[0].y - rows[1].y};
@@ -411,7 +419,7 @@ struct GradientRole {
       multiply_by_states(product, u, d_s_0, d_s_1);
       release_tile(first + kTileU);
       const float to_end[2] = {gates.to_end[rows[0]], gates.to_end[rows[1]]};
-      const float written[2] = {to_end[0] * gates.beta[rows[0]], to_end[1] * gates.beta[rows[1]]};
+      const float written[2] = {gates.written[rows[0]], gates.written[rows[1]]};
       add_product(product, written, to_end, sums.written);
     }
     release_tile(first + kTileDS);

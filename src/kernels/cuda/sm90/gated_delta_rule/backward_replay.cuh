@@ -109,9 +109,9 @@ struct ReplayScan {
     fence_async_proxy();
     state_sync_after_stores(half, thread);
     if (thread == 0) {
-      bulk_store(p.s + p.entry(first_chunk + c, work.value_head) * kStateBytes +
-                     half * kStateHalfBytes,
-                 shared_address(shared.s[half]), kStateHalfBytes);
+      bulk_store(
+          p.s + p.entry(first_chunk + c, work.value_head) * kStateBytes + half * kStateHalfBytes,
+          shared_address(shared.s[half]), kStateHalfBytes);
       tma_store_commit();
     }
     if constexpr (!kFirst) decay_state(gates);
@@ -167,12 +167,11 @@ struct ReplayScan {
     to_operand<Element>(a, packed);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      const float2 to_end = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + column]);
-      const float2 beta = *reinterpret_cast<const float2*>(&gates.beta[8 * n + column]);
+      const float2 written = *reinterpret_cast<const float2*>(&gates.written[8 * n + column]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        a[4 * n + 2 * r] *= to_end.x * beta.x;
-        a[4 * n + 2 * r + 1] *= to_end.y * beta.y;
+        a[4 * n + 2 * r] *= written.x;
+        a[4 * n + 2 * r + 1] *= written.y;
       }
     }
     release(shared.gate_empty[gate.stage]);
@@ -191,9 +190,9 @@ struct ReplayScan {
     fence_async_proxy();
     state_sync_after_stores(half, thread);
     if (thread == 0) {
-      bulk_store(p.u + p.entry(first_chunk + c, work.value_head) * kWritesBytes +
-                     half * kHalfTileBytes,
-                 u_tile, kHalfTileBytes);
+      bulk_store(
+          p.u + p.entry(first_chunk + c, work.value_head) * kWritesBytes + half * kHalfTileBytes,
+          u_tile, kHalfTileBytes);
       tma_store_commit();
     }
     wgmma_wait<0>();

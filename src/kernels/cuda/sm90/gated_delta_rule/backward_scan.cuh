@@ -1,11 +1,12 @@
 // The scan: from the last chunk to the first, dS of every chunk's end, and dV.
 //
-// dS^T, 64 of V's rows a warpgroup, stays in fp32 registers, as S^T does in the forward (state.cuh):
+// dS^T, 64 of V's rows a warpgroup, stays in fp32 registers, as S^T does in the forward
+// (state.cuh):
 //   dU^T = exp(b_C - b) dS'^T K^T + dO^T P      dV^T = (beta dU)^T T
 //   dS^T = exp(b_C) dS'^T + dO^T (scale exp(b) Q) - (exp(b) dV)^T K
-// V's columns do not meet: with few sequences and heads each half gets a block of its own. The chain
-// from dS' to dS is what such blocks wait for, so whatever does not depend on dS' is kept off it:
-// two warps scale Q in place beforehand.
+// V's columns do not meet: with few sequences and heads each half gets a block of its own. The
+// chain from dS' to dS is what such blocks wait for, so whatever does not depend on dS' is kept off
+// it: two warps scale Q in place beforehand.
 //
 // Still fewer sequences and heads: a sequence is cut into spans. dS at a span's start is an affine
 // function of dS at its end, R + M dS, R being the scan from dS = 0 and column v of M that from the
@@ -61,8 +62,8 @@ __device__ void load_scan_tiles(const BackwardArguments& p, const Work& work, in
     if (tokens == kChunk) {
       const int token = static_cast<int>(work.begin) + c * kChunk;
       if (lane == 0) {
-        mbarrier_arrive_expect(full, 2 * kTileBytes + kMatricesBytes +
-                                         (with_d_o ? kHalves * kHalfTileBytes : 0));
+        mbarrier_arrive_expect(
+            full, 2 * kTileBytes + kMatricesBytes + (with_d_o ? kHalves * kHalfTileBytes : 0));
         for (int half = 0; half < 2; ++half) {
           const uint32_t offset = half * kHalfTileBytes;
           tma_load(k + offset, &p.k, full, half * kHalf, work.key_head, token, work.batch);
@@ -153,7 +154,8 @@ struct ScanEnds {
   bool from_v_first, to_v_first, from_identity;
 };
 
-/// One warpgroup's part: rows 64 half to 64 half + 63 of dS^T. `local` is half's place in the block.
+/// One warpgroup's part: rows 64 half to 64 half + 63 of dS^T. `local` is half's place in the
+/// block.
 template <typename Element, int kHalves, Pass kPass>
 struct GradientScan {
   const BackwardArguments& p;
@@ -184,26 +186,29 @@ struct GradientScan {
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   }
 
-  /// From dS' to dV in `a`; dS' decayed, and what dO adds to it through Q.
+  /// This warpgroup's half of dO^T as left operands.
+  __device__ __forceinline__ void load_d_o(uint32_t (&d_o)[4][4], int stage) const {
+    const uint32_t tile = shared_address(shared.d_o[stage]) + local * kHalfTileBytes;
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      load_matrices_transposed(d_o[block], token_row(tile, block, warp, lane));
+    }
+  }
+
+  /// Step i: from dS', the chunk's end, to beta dU in `a`; dS' decayed.
   template <bool kFirst>
   __device__ __forceinline__ void begin(int i) {
     const auto stage = slot(shared.full, i);
     const auto gate = slot(shared.gate_full, i);
     const GateVectors& gates = shared.gates[gate.stage];
-    const uint64_t t_tile = swizzled_tile(shared_address(shared.matrices[stage.stage]));
     const uint64_t p_tile =
         swizzled_tile(shared_address(shared.matrices[stage.stage]) + kMatrixBytes);
-    const uint64_t q_columns =
-        swizzled_tile(shared_address(shared.q[stage.stage]), kHalfTileBytes);
-    const uint32_t d_o_tile = shared_address(shared.d_o[stage.stage]) + local * kHalfTileBytes;
     uint32_t s_operand[8][4];
     to_operand<Element>(s, s_operand);
+    if constexpr (kPass == Pass::kGradients) store_state(s_operand, work.chunks - 1 - i);
     mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
     uint32_t d_o[4][4];
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      load_matrices_transposed(d_o[block], token_row(d_o_tile, block, warp, lane));
-    }
+    load_d_o(d_o, stage.stage);
     if constexpr (kFirst) decay_state(gate);
     pin(a);
     pin(o);
@@ -215,30 +220,42 @@ struct GradientScan {
     }
     wgmma_commit();
     if constexpr (!kFirst) decay_state(gate);
-    float2 to_end[8];
+    float2 written[8];
     float2 beta[8];
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      to_end[n] = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + column]);
+      written[n] = *reinterpret_cast<const float2*>(&gates.written[8 * n + column]);
       beta[n] = *reinterpret_cast<const float2*>(&gates.beta[8 * n + column]);
-      to_end[n].x *= beta[n].x;
-      to_end[n].y *= beta[n].y;
     }
     wgmma_wait<0>();
     pin(a);
     pin(o);
     pin(s_operand);
+    pin(d_o);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int e = 4 * n + 2 * r;
-        a[e] = to_end[n].x * a[e] + beta[n].x * o[e];
-        a[e + 1] = to_end[n].y * a[e + 1] + beta[n].y * o[e + 1];
+        a[e] = written[n].x * a[e] + beta[n].x * o[e];
+        a[e + 1] = written[n].y * a[e + 1] + beta[n].y * o[e + 1];
       }
     }
+  }
+
+  /// From there to dS, the chunk's start; dV is written meanwhile.
+  __device__ __forceinline__ void complete(int i) {
+    const auto stage = slot(shared.full, i);
+    const auto gate = slot(shared.gate_full, i);
+    const GateVectors& gates = shared.gates[gate.stage];
+    const uint64_t t_tile = swizzled_tile(shared_address(shared.matrices[stage.stage]));
+    const uint64_t q_columns = swizzled_tile(shared_address(shared.q[stage.stage]), kHalfTileBytes);
+    const uint64_t k_columns = swizzled_tile(shared_address(shared.k[stage.stage]), kHalfTileBytes);
     uint32_t d_u_operand[4][4];
+    uint32_t d_o[4][4];
     to_operand<Element>(a, d_u_operand);
+    load_d_o(d_o, stage.stage);
+    mbarrier_wait(shared_address(&shared.scaled[stage.stage]), stage.parity);
     pin(a);
     pin(s);
     wgmma_fence();
@@ -247,43 +264,28 @@ struct GradientScan {
       wgmma<Element, 64>(a, d_u_operand[j], advance(t_tile, j * 32), j > 0);
     }
     wgmma_commit();
-    mbarrier_wait(shared_address(&shared.scaled[stage.stage]), stage.parity);
-    wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       wgmma<Element, 128, Major::kOuter>(s, d_o[j], advance(q_columns, j * 16 * 128), 1);
     }
     wgmma_commit();
-    if constexpr (kPass == Pass::kGradients) store_state(s_operand, work.chunks - 1 - i);
-    wgmma_wait<0>();
+    wgmma_wait<1>();
     pin(a);
-    pin(s);
-    pin(d_o);
     pin(d_u_operand);
-  }
-
-  /// dS from what begin() left; dV is written meanwhile.
-  __device__ __forceinline__ void complete(int i) {
-    const auto stage = slot(shared.full, i);
-    const auto gate = slot(shared.gate_full, i);
-    const GateVectors& gates = shared.gates[gate.stage];
     uint32_t packed[4][4];
     uint32_t decayed_operand[4][4];  // -exp(b) dV
     to_operand<Element>(a, packed);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
-      const float2 decay = *reinterpret_cast<const float2*>(&gates.from_start[8 * n + column]);
+      const float2 decay_to = *reinterpret_cast<const float2*>(&gates.from_start[8 * n + column]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        a[4 * n + 2 * r] *= -decay.x;
-        a[4 * n + 2 * r + 1] *= -decay.y;
+        a[4 * n + 2 * r] *= -decay_to.x;
+        a[4 * n + 2 * r + 1] *= -decay_to.y;
       }
     }
     release(shared.gate_empty[gate.stage]);
     to_operand<Element>(a, decayed_operand);
-    const uint64_t k_columns =
-        swizzled_tile(shared_address(shared.k[stage.stage]), kHalfTileBytes);
-    pin(s);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -297,6 +299,7 @@ struct GradientScan {
     }
     wgmma_wait<0>();
     pin(s);
+    pin(d_o);
     pin(decayed_operand);
     release(shared.empty[stage.stage]);
   }

@@ -98,7 +98,8 @@ struct Decays {
   }
 };
 
-/// Where A takes beta from: that of its row, or that of its column. With G = strict_lower(K K^T * D)
+/// Where A takes beta from: that of its row, or that of its column. With G = strict_lower(K K^T *
+/// D)
 ///   T = (I + diag(beta) G)^-1 diag(beta)    solves for U
 ///   T = (I + G diag(beta))^-1               solves for U / beta
 enum class Beta { kOfRow, kOfColumn };

@@ -105,8 +105,8 @@ void launch_scan(const GatedDeltaRuleBackward& p, const BackwardArguments& argum
     const int64_t spans = most_pieces(p, arguments.span_tokens) * p.HV;
     launch(gated_delta_rule_scan_kernel<Element, 1, Pass::kSpans>, arguments, kSpanBlocks * spans,
            kScanThreads<1>, sizeof(ScanShared<1>), kName, stream);
-    launch(gated_delta_rule_compose_kernel, arguments, kComposeBlocks * p.N * p.HV,
-           kComposeThreads, 0, kName, stream);
+    launch(gated_delta_rule_compose_kernel, arguments, kComposeBlocks * p.N * p.HV, kComposeThreads,
+           0, kName, stream);
     launch(one_half, arguments, 2 * spans, kScanThreads<1>, sizeof(ScanShared<1>), kName, stream);
   } else if (scan_splits_v(p.N * p.HV, multiprocessors())) {
     launch(one_half, arguments, 2 * p.N * p.HV, kScanThreads<1>, sizeof(ScanShared<1>), kName,

@@ -46,6 +46,7 @@ struct GateVectors {
   float to_end[kChunk];             // exp2(b_C - b_j)
   float to_block_end[kChunk];       // exp2(b_J - b_j)
   float beta[kChunk];
+  float written[kChunk];  // exp2(b_C - b_j) beta_j
 };
 
 struct SharedMemory {

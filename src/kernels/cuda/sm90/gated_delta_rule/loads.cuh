@@ -134,7 +134,9 @@ __device__ __forceinline__ void store_gates(const GatePair& gates, float scale, 
   store(out.b, b.x, b.y);
   store(out.from_start, from_start.x, from_start.y);
   store(out.from_start_scaled, scale * from_start.x, scale * from_start.y);
-  store(out.to_end, exp2_approx(end - b.x), exp2_approx(end - b.y));
+  const float2 to_end = {exp2_approx(end - b.x), exp2_approx(end - b.y)};
+  store(out.to_end, to_end.x, to_end.y);
+  store(out.written, to_end.x * gates.beta.x, to_end.y * gates.beta.y);
   store(out.to_block_end, exp2_approx(block_end - b.x), exp2_approx(block_end - b.y));
   store(out.beta, gates.beta.x, gates.beta.y);
   __syncwarp();

@@ -97,8 +97,8 @@ __device__ __forceinline__ void state_sync_after_stores(int local, int thread) {
   local == 0 ? named_barrier_sync(kStateBarrier, 128) : named_barrier_sync(kStateBarrier + 1, 128);
 }
 
-/// Writes O, or what has its shape, [tokens, 64 of V], from `packed`, through shared memory. `local`
-/// is the warpgroup's number among those of its block.
+/// Writes O, or what has its shape, [tokens, 64 of V], from `packed`, through shared memory.
+/// `local` is the warpgroup's number among those of its block.
 __device__ __forceinline__ void store_output(const CUtensorMap* map, const MutableView4& view,
                                              const Work& work, const uint32_t (&packed)[4][4],
                                              uint32_t tile, int chunk, int half, int local,
@@ -254,8 +254,8 @@ struct StateScan {
     uint32_t packed[4][4];
     to_operand<Element>(o, packed);
     store_output(&p.o, p.o_view, work, packed,
-                 shared_address(shared.o[c % kOutputStages]) + half * kHalfTileBytes, c, half,
-                 half, thread);
+                 shared_address(shared.o[c % kOutputStages]) + half * kHalfTileBytes, c, half, half,
+                 thread);
     wgmma_wait<0>();
     pin(s);
     pin(decayed_operand);
