@@ -11,7 +11,8 @@
 namespace gdn::kernels::cuda::sm90 {
 
 struct ReplayShared {
-  static constexpr int kKeyStages = 2;
+  static constexpr int kKeyStages = 3;
+  static constexpr int kValueStages = 1;  // freed early in its chunk
   alignas(1024) uint8_t k[kKeyStages][kTileBytes];
   alignas(1024) uint8_t q[kKeyStages][kTileBytes];
   alignas(1024) uint8_t v[kValueStages][kTileBytes];

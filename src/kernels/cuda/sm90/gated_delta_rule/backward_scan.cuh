@@ -254,8 +254,6 @@ struct GradientScan {
     uint32_t d_u_operand[4][4];
     uint32_t d_o[4][4];
     to_operand<Element>(a, d_u_operand);
-    load_d_o(d_o, stage.stage);
-    mbarrier_wait(shared_address(&shared.scaled[stage.stage]), stage.parity);
     pin(a);
     pin(s);
     wgmma_fence();
@@ -264,6 +262,14 @@ struct GradientScan {
       wgmma<Element, 64>(a, d_u_operand[j], advance(t_tile, j * 32), j > 0);
     }
     wgmma_commit();
+    load_d_o(d_o, stage.stage);
+    float2 decays[8];
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+      decays[n] = *reinterpret_cast<const float2*>(&gates.from_start[8 * n + column]);
+    }
+    mbarrier_wait(shared_address(&shared.scaled[stage.stage]), stage.parity);
+    wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       wgmma<Element, 128, Major::kOuter>(s, d_o[j], advance(q_columns, j * 16 * 128), 1);
@@ -272,20 +278,16 @@ struct GradientScan {
     wgmma_wait<1>();
     pin(a);
     pin(d_u_operand);
-    uint32_t packed[4][4];
     uint32_t decayed_operand[4][4];  // -exp(b) dV
-    to_operand<Element>(a, packed);
 #pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-      const float2 decay_to = *reinterpret_cast<const float2*>(&gates.from_start[8 * n + column]);
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        a[4 * n + 2 * r] *= -decay_to.x;
-        a[4 * n + 2 * r + 1] *= -decay_to.y;
+      for (int m = 0; m < 4; ++m) {
+        const float2 decay = decays[2 * j + m / 2];
+        const int e = 8 * j + 2 * m;
+        decayed_operand[j][m] = pack<Element>(-decay.x * a[e], -decay.y * a[e + 1]);
       }
     }
-    release(shared.gate_empty[gate.stage]);
-    to_operand<Element>(a, decayed_operand);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -293,7 +295,10 @@ struct GradientScan {
                                          1);
     }
     wgmma_commit();
+    release(shared.gate_empty[gate.stage]);
     if constexpr (kPass == Pass::kGradients) {
+      uint32_t packed[4][4];
+      to_operand<Element>(a, packed);
       store_output(&p.d_v, p.d_v_view, work, packed, shared_address(shared.d_v[local]),
                    work.chunks - 1 - i, half, local, thread);
     }
@@ -331,21 +336,24 @@ struct GradientScan {
         ends.to[offset] = s[i];
       });
     }
-    if (lane == 0) tma_store_wait_read<0>();
+    tma_store_wait_read<0>();
   }
 
  private:
-  /// Each warp writes its 16 rows of dS', so none waits for another. Waits until what this lane
-  /// queued before has read its tile; the warp's other lanes follow.
+  /// Stores of dS' are queued by another lane than that of dV's, which may still be reading: a lane
+  /// waits for all that it has queued.
+  static constexpr int kStateLane = 1;
+
+  /// Each warp writes its 16 rows of dS', so none waits for another.
   __device__ __forceinline__ void store_state(const uint32_t (&operand)[8][4], int chunk) const {
     constexpr uint32_t kWarpBytes = 16 * 128;
     const uint32_t tile = shared_address(shared.d_s[local]);
-    if (lane == 0) tma_store_wait_read<0>();
+    if (lane == kStateLane) tma_store_wait_read<0>();
     __syncwarp();
     stage_state(operand, tile, warp, lane);
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) {
+    if (lane == kStateLane) {
       uint8_t* out = p.d_s + p.entry(first_chunk + chunk, work.value_head) * kStateBytes +
                      half * kStateHalfBytes;
       for (int k_half = 0; k_half < 2; ++k_half) {
