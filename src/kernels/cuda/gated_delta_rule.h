@@ -1,24 +1,38 @@
-// The gated delta rule on NVIDIA GPUs. Parameters are those of every kernel; here all pointers of a
-// problem are device memory, cu_seqlens too, and the work is queued on a stream.
+// The gated delta rule on NVIDIA GPUs; stream.h says what all kernels here have in common.
 #pragma once
 
 #include <cstddef>
 #include <string>
 
+#include <gdn/kernels/cuda/stream.h>
 #include <gdn/kernels/gated_delta_rule.h>
-
-struct CUstream_st;
 
 namespace gdn::kernels::cuda {
 
-using Stream = CUstream_st*;
+/// Largest K that the portable kernels take; V may be any.
+inline constexpr int64_t kMaxKeySize = 512;
+
+/// Token by token, the state in registers: one read and one write of it for all tokens. Works in
+/// place when final_state is initial_state. Does not fill segment_states. Any V, K to kMaxKeySize.
+void recurrent_gated_delta_rule(const GatedDeltaRuleForward& p, Stream stream);
+
+/// Chunked forward for any compute capability from 7.5: any V, K to kMaxKeySize, fp32, bf16, fp16.
+/// Chunks are of 64 tokens, whatever p.chunk_size says. `longest` is the number of tokens of the
+/// longest sequence, which the host cannot read from p.cu_seqlens.
+void chunk_gated_delta_rule(const GatedDeltaRuleForward& p, int64_t longest, void* scratch,
+                            Stream stream);
+int64_t chunk_gated_delta_rule_scratch(const GatedDeltaRuleForward& p, int64_t longest);
+
+/// Its backward. Requires p.segment_states. Every gradient is written, none is read.
+void chunk_gated_delta_rule_backward(const GatedDeltaRuleBackward& p, int64_t longest,
+                                     void* scratch, Stream stream);
+int64_t chunk_gated_delta_rule_backward_scratch(const GatedDeltaRuleBackward& p, int64_t longest);
 
 /// Why the kernel for compute capability 9.0 (Hopper) cannot serve this request; empty if it can.
 std::string why_not_sm90(const GatedDeltaRuleForward& p);
 
 /// Chunked forward for compute capability 9.0: bf16 or fp16, K = V = 128, chunks of 64. Throws
 /// std::invalid_argument with why_not_sm90's reason, std::runtime_error on a CUDA error.
-/// parallel_for is not used.
 void gated_delta_rule_forward_sm90(const GatedDeltaRuleForward& p, Stream stream);
 
 /// The same for the backward. Besides, it requires the forward's segment_states.
