@@ -1,0 +1,138 @@
+// Which CUDA kernel is chosen, and how the portable ones cut a problem: host functions without GPU.
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include <gdn/kernels/cuda/choice.h>
+#include <gdn/kernels/cuda/gated_delta_rule_plan.h>
+
+namespace gdn::kernels::cuda {
+namespace {
+
+using Kernel = GatedDeltaRuleKernel;
+
+constexpr ComputeCapability kTuring = {7, 5}, kAmpere = {8, 0}, kHopper = {9, 0},
+                            kBlackwell = {10, 0};
+
+/// A request that the Hopper kernel serves. Nothing is read behind the pointers.
+GatedDeltaRuleForward hopper_request() {
+  static float anything[4];
+  alignas(16) static char aligned[16];
+  GatedDeltaRuleForward p;
+  p.B = p.N = 2;
+  p.T = 300;
+  p.H = 2;
+  p.HV = 4;
+  p.K = p.V = 128;
+  p.dtype = DType::bf16;
+  p.q = p.k = {aligned, 300 * 256, 256, 128};
+  p.v = {aligned, 300 * 512, 512, 128};
+  p.o = {aligned, 300 * 512, 512, 128};
+  p.g = p.beta = anything;
+  return p;
+}
+
+void expect_chosen(const GatedDeltaRuleForward& p, ComputeCapability capability, Kernel kernel,
+                   const std::string& reason) {
+  const GatedDeltaRuleChoice choice = choose_forward(p, /*recurrent=*/false, capability);
+  EXPECT_EQ(choice.kernel, kernel) << choice.name << ": " << choice.reason;
+  EXPECT_NE(choice.reason.find(reason), std::string::npos) << choice.reason;
+}
+
+TEST(CudaChoice, HopperServesItsHeadsOnHopperOnly) {
+  const auto p = hopper_request();
+  expect_chosen(p, kHopper, Kernel::sm90_forward, "heads of 128");
+  for (const ComputeCapability other : {kTuring, kAmpere, kBlackwell}) {
+    expect_chosen(p, other, Kernel::chunk_forward, "not of capability 9.0");
+  }
+}
+
+TEST(CudaChoice, WhatHopperCannotServeGoesToThePortableKernelWithItsReason) {
+  const auto changed = [](auto change) {
+    auto p = hopper_request();
+    change(p);
+    return p;
+  };
+  using P = GatedDeltaRuleForward&;
+  expect_chosen(changed([](P p) { p.dtype = DType::f32; }), kHopper, Kernel::chunk_forward,
+                "not bf16 or fp16");
+  expect_chosen(changed([](P p) { p.K = 64; }), kHopper, Kernel::chunk_forward, "K = 64");
+  expect_chosen(changed([](P p) { p.chunk_size = 32; }), kHopper, Kernel::chunk_forward,
+                "chunk_size = 32");
+  expect_chosen(changed([](P p) { p.o.data = nullptr; }), kHopper, Kernel::chunk_forward,
+                "only the states");
+  expect_chosen(changed([](P p) { p.v.stride_t = 516; }), kHopper, Kernel::chunk_forward,
+                "multiples of 16 bytes");
+  expect_chosen(changed([](P p) { p.k.stride_h = 129; }), kHopper, Kernel::chunk_forward,
+                "multiples of 16 bytes");
+}
+
+TEST(CudaChoice, NormalisesForTheHopperKernel) {
+  auto p = hopper_request();
+  EXPECT_FALSE(choose_forward(p, false, kHopper).normalise_first);
+  p.qk_l2norm = true;
+  p.k.stride_h = 129;  // the normalised copy is aligned
+  const auto choice = choose_forward(p, false, kHopper);
+  EXPECT_EQ(choice.kernel, Kernel::sm90_forward);
+  EXPECT_TRUE(choice.normalise_first);
+  EXPECT_FALSE(choose_forward(p, false, kAmpere).normalise_first);  // it does so itself
+}
+
+TEST(CudaChoice, TheRecurrentFormAndTheBackwardHaveOneKernel) {
+  for (const ComputeCapability capability : {kTuring, kAmpere, kHopper, kBlackwell}) {
+    EXPECT_EQ(choose_forward(hopper_request(), /*recurrent=*/true, capability).kernel,
+              Kernel::recurrent_forward);
+    GatedDeltaRuleBackward p;
+    p.K = p.V = 96;
+    EXPECT_EQ(choose_backward(p, capability).kernel, Kernel::backward);
+  }
+}
+
+TEST(CudaChoice, RefusesWhatNoKernelServes) {
+  auto p = hopper_request();
+  expect_chosen(p, {7, 0}, Kernel::none, "compute capability 7.0, 7.5 is needed");
+  p.K = 513;
+  expect_chosen(p, kHopper, Kernel::none, "K = 513 is beyond 512");
+  EXPECT_EQ(choose_forward(p, /*recurrent=*/true, kHopper).kernel, Kernel::none);
+  p = hopper_request();
+  p.dtype = DType::f64;
+  expect_chosen(p, kHopper, Kernel::none, "fp64");
+  GatedDeltaRuleBackward backward;
+  backward.K = 1024;
+  EXPECT_EQ(choose_backward(backward, kHopper).kernel, Kernel::none);
+}
+
+TEST(CudaPlan, WavesCoverEverySequenceWithinTheScratchGoal) {
+  GatedDeltaRuleProblem p;
+  p.H = 3;
+  p.HV = 6;
+  const auto bytes = [](int64_t chunks) { return chunks * (int64_t{4} << 20); };
+  for (const int64_t N : {0, 1, 7, 1000}) {
+    p.N = N;
+    for (const int64_t longest : {0, 1, 64, 65, 1024, 1025, 5000}) {
+      const WavePlan plan = plan_waves(p, longest, bytes);
+      EXPECT_GE(plan.groups * plan.pairs, N * p.H);
+      EXPECT_TRUE(plan.groups == 0 || (plan.groups - 1) * plan.pairs < N * p.H);
+      EXPECT_LE(plan.pairs * bytes(plan.chunks), kScratchGoal);
+      EXPECT_GE(plan.chunks * 64, std::min(longest, kSegmentTokens));
+      EXPECT_GE(plan.segments * kSegmentTokens, longest);
+      EXPECT_GE(plan.segments, 1);
+    }
+  }
+}
+
+TEST(CudaPlan, KeepsGridsWithinTheirLimits) {
+  GatedDeltaRuleProblem p;
+  p.N = 100000;
+  p.H = 4;
+  p.HV = 32;
+  const WavePlan plan = plan_waves(p, 1, [](int64_t) { return int64_t{1}; });
+  EXPECT_LE(plan.pairs * (p.HV / p.H), 65535);
+  p.N = 1;
+  const WavePlan one = plan_waves(p, 100000, [](int64_t) { return 2 * kScratchGoal; });
+  EXPECT_EQ(one.pairs, 1);  // less is not possible
+  EXPECT_EQ(one.groups, 4);
+}
+
+}  // namespace
+}  // namespace gdn::kernels::cuda
