@@ -57,9 +57,12 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::cpu)
       "${LibTorch_ROOT}/include;${LibTorch_ROOT}/include/torch/csrc/api/include"
     INTERFACE_LINK_LIBRARIES "LibTorch::c10;${_gdn_openmp}")
   if(EXISTS "${LibTorch_ROOT}/lib/libtorch_cuda.so")
-    add_library(LibTorch::cuda SHARED IMPORTED)
+    # libtorch_cuda registers CUDA with torch when it is loaded, so it must be, even where none of its
+    # symbols is used.
+    add_library(LibTorch::cuda INTERFACE IMPORTED)
     set_target_properties(LibTorch::cuda PROPERTIES
-      IMPORTED_LOCATION "${LibTorch_ROOT}/lib/libtorch_cuda.so"
-      INTERFACE_LINK_LIBRARIES "LibTorch::cpu")
+      INTERFACE_LINK_LIBRARIES "LibTorch::cpu"
+      INTERFACE_LINK_OPTIONS
+        "LINKER:--push-state,--no-as-needed;${LibTorch_ROOT}/lib/libtorch_cuda.so;${LibTorch_ROOT}/lib/libc10_cuda.so;LINKER:--pop-state")
   endif()
 endif()

@@ -14,7 +14,7 @@ install(DIRECTORY "${PROJECT_SOURCE_DIR}/src/" DESTINATION "${CMAKE_INSTALL_INCL
   FILES_MATCHING PATTERN "*.h"
   PATTERN "kernels" EXCLUDE
   PATTERN "cli" EXCLUDE
-  REGEX "/ops/utils$" EXCLUDE
+  REGEX "/ops/(cuda|utils)$" EXCLUDE
   REGEX "/ops/.*/(core|dispatch|cross_entropy_rows)\\.h$" EXCLUDE)
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/gdn")

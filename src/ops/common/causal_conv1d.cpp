@@ -11,6 +11,7 @@
 #include <gdn/kernels/cpu/short_convolution.h>
 #include <gdn/kernels/reference/short_convolution.h>
 #include <gdn/ops/common/causal_conv1d.h>
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
@@ -105,7 +106,7 @@ void check(std::string_view op, const at::Tensor& x, const at::Tensor& weight,
 /// The inputs as the kernels take them; owns whatever had to be copied.
 struct Inputs {
   at::Tensor x, weight, bias, initial_state;
-  std::vector<int64_t> cu_seqlens;
+  std::optional<SequenceBoundaries> cu_seqlens;
 
   template <typename Problem>
   Inputs(Problem& p, std::string_view op, const at::Tensor& x_, const at::Tensor& weight_,
@@ -123,9 +124,9 @@ struct Inputs {
     p.x = const_view3(x);
     p.weight = weight.const_data_ptr();
     if (cu_seqlens_) {
-      cu_seqlens = check_cu_seqlens(op, *cu_seqlens_, p.B, p.T);
-      p.cu_seqlens = cu_seqlens.data();
-      p.N = static_cast<int64_t>(cu_seqlens.size()) - 1;
+      cu_seqlens.emplace(op, *cu_seqlens_, p.B, p.T, x.device());
+      p.cu_seqlens = cu_seqlens->data();
+      p.N = cu_seqlens->sequences();
     }
     if (bias_) {
       bias = bias_->contiguous();
@@ -139,9 +140,16 @@ struct Inputs {
   }
 };
 
-void run(const kernels::ShortConvolutionForward& p) {
+void run(const kernels::ShortConvolutionForward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
   if (p.dtype == kernels::DType::f64) return kernels::reference::short_convolution<double>(p);
   kernels::cpu::short_convolution(p);
+}
+
+void run(const kernels::ShortConvolutionBackward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::short_convolution_backward<double>(p)
+                                 : kernels::cpu::short_convolution_backward(p);
 }
 
 /// A final state that is not wanted has no sequences.
@@ -151,12 +159,11 @@ at::Tensor empty_final_state(const at::Tensor& x, const at::Tensor& weight, bool
   return at::empty_symint({N, x.sym_size(2), weight.sym_size(1) - 1}, x.options());
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Tensor& weight,
-                                               const OptionalTensor& bias,
-                                               ActivationName activation,
-                                               const OptionalTensor& initial_state,
-                                               bool output_final_state,
-                                               const OptionalTensor& cu_seqlens) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight,
+                                           const OptionalTensor& bias, ActivationName activation,
+                                           const OptionalTensor& initial_state,
+                                           bool output_final_state,
+                                           const OptionalTensor& cu_seqlens) {
   check(kOp, x, weight, bias, "initial_state", initial_state, cu_seqlens);
   kernels::ShortConvolutionForward p;
   const Inputs inputs(p, kOp, x, weight, bias, activation, initial_state, cu_seqlens);
@@ -164,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Te
   at::Tensor final_state = empty_final_state(x, weight, output_final_state, cu_seqlens);
   p.y = mutable_view3(y);
   if (output_final_state) p.final_state = final_state.mutable_data_ptr();
-  run(p);
+  run(p, x.device());
   return {y, final_state};
 }
 
@@ -178,10 +185,9 @@ Gradients empty_gradients(const at::Tensor& x, const at::Tensor& weight, const O
   return {empty_like(x), empty_like(weight), empty_like(bias), empty_like(initial_state)};
 }
 
-Gradients backward_cpu(const at::Tensor& d_y, const OptionalTensor& d_final_state,
-                       const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                       ActivationName activation, const OptionalTensor& initial_state,
-                       const OptionalTensor& cu_seqlens) {
+Gradients backward(const at::Tensor& d_y, const OptionalTensor& d_final_state, const at::Tensor& x,
+                   const at::Tensor& weight, const OptionalTensor& bias, ActivationName activation,
+                   const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
   constexpr std::string_view kBackward = "causal_conv1d_backward";
   check(kBackward, x, weight, bias, "initial_state", initial_state, cu_seqlens);
   check_shape(kBackward, "d_y", d_y, x.sym_sizes(), "that of x");
@@ -206,20 +212,16 @@ Gradients backward_cpu(const at::Tensor& d_y, const OptionalTensor& d_final_stat
   p.d_weight = d_weight_sum.mutable_data_ptr();
   if (bias) p.d_bias = d_bias_sum.mutable_data_ptr();
   if (initial_state) p.d_initial_state = d_initial_state.mutable_data_ptr();
-  if (p.dtype == kernels::DType::f64) {
-    kernels::reference::short_convolution_backward<double>(p);
-  } else {
-    kernels::cpu::short_convolution_backward(p);
-  }
+  run(p, x.device());
   d_weight = d_weight_sum.to(d_weight.scalar_type());
   d_bias = d_bias_sum.to(d_bias.scalar_type());
   return gradients;
 }
 
-at::Tensor update_cpu(const at::Tensor& x, at::Tensor& state, const at::Tensor& weight,
-                      const OptionalTensor& bias, ActivationName activation) {
+at::Tensor update(const at::Tensor& x, at::Tensor& state, const at::Tensor& weight,
+                  const OptionalTensor& bias, ActivationName activation) {
   if (x.defined() && x.dim() == 2) {
-    return update_cpu(x.unsqueeze(1), state, weight, bias, activation).squeeze(1);
+    return update(x.unsqueeze(1), state, weight, bias, activation).squeeze(1);
   }
   check(kUpdate, x, weight, bias, "state", state, std::nullopt);
   kernels::ShortConvolutionForward p;
@@ -227,7 +229,7 @@ at::Tensor update_cpu(const at::Tensor& x, at::Tensor& state, const at::Tensor& 
   at::Tensor y = at::empty(x.sizes(), x.options());
   p.y = mutable_view3(y);
   p.final_state = inputs.initial_state.mutable_data_ptr();
-  run(p);
+  run(p, x.device());
   if (!inputs.initial_state.is_same(state)) state.copy_(inputs.initial_state);
   return y;
 }
@@ -355,9 +357,15 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("causal_conv1d", gdn::forward_cpu);
-  m.impl("causal_conv1d_backward", gdn::backward_cpu);
-  m.impl("causal_conv1d_update", gdn::update_cpu);
+  m.impl("causal_conv1d", gdn::forward);
+  m.impl("causal_conv1d_backward", gdn::backward);
+  m.impl("causal_conv1d_update", gdn::update);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("causal_conv1d", gdn::forward);
+  m.impl("causal_conv1d_backward", gdn::backward);
+  m.impl("causal_conv1d_update", gdn::update);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {

@@ -51,8 +51,8 @@ std::tuple<at::Tensor, at::Tensor> rows_meta(const at::Tensor& logits, const at:
           at::empty_symint({logits.sym_size(0)}, options)};
 }
 
-std::tuple<at::Tensor, at::Tensor> rows_cpu(const at::Tensor& logits, const at::Tensor& target,
-                                            int64_t ignore_index) {
+std::tuple<at::Tensor, at::Tensor> rows(const at::Tensor& logits, const at::Tensor& target,
+                                        int64_t ignore_index) {
   auto results = rows_meta(logits, target, ignore_index);
   check_target_values(kOp, target, ignore_index, logits.size(1));
   cross_entropy_rows(with_contiguous_rows(logits), target.contiguous(), ignore_index,
@@ -67,9 +67,9 @@ at::Tensor rows_backward_meta(const at::Tensor& /*d_loss*/, const at::Tensor& lo
   return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
-at::Tensor rows_backward_cpu(const at::Tensor& d_loss, const at::Tensor& logits,
-                             const at::Tensor& target, const at::Tensor& log_sum_exp,
-                             int64_t ignore_index) {
+at::Tensor rows_backward(const at::Tensor& d_loss, const at::Tensor& logits,
+                         const at::Tensor& target, const at::Tensor& log_sum_exp,
+                         int64_t ignore_index) {
   at::Tensor d_logits = rows_backward_meta(d_loss, logits, target, log_sum_exp, ignore_index);
   check_target_values(kOp, target, ignore_index, logits.size(1));
   check_shape("cross_entropy_rows_backward", "d_loss", d_loss, {logits.size(0)}, "[M]");
@@ -143,8 +143,13 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("cross_entropy_rows", gdn::rows_cpu);
-  m.impl("cross_entropy_rows_backward", gdn::rows_backward_cpu);
+  m.impl("cross_entropy_rows", gdn::rows);
+  m.impl("cross_entropy_rows_backward", gdn::rows_backward);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("cross_entropy_rows", gdn::rows);
+  m.impl("cross_entropy_rows_backward", gdn::rows_backward);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {

@@ -6,6 +6,7 @@
 #include <gdn/kernels/cpu/cross_entropy.h>
 #include <gdn/kernels/reference/cross_entropy.h>
 #include <gdn/ops/common/cross_entropy_rows.h>
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/parallel.h>
 #include <gdn/ops/utils/views.h>
@@ -57,6 +58,7 @@ void check_target_shape(std::string_view op, const at::Tensor& target, const at:
 
 void check_target_values(std::string_view op, const at::Tensor& target, int64_t ignore_index,
                          int64_t vocabulary) {
+  if (!target.is_cpu()) return;
   const at::Tensor contiguous = target.contiguous();
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
   for (int64_t m = 0; m < contiguous.numel(); ++m) {
@@ -77,6 +79,7 @@ void cross_entropy_rows(const at::Tensor& logits, const at::Tensor& target, int6
                         const at::Tensor& loss, const at::Tensor& log_sum_exp) {
   kernels::CrossEntropyForward p = {problem(logits, target, ignore_index), loss.mutable_data_ptr(),
                                     log_sum_exp.mutable_data_ptr()};
+  if (logits.is_cuda()) return cuda::run(p, logits.device());
   p.dtype == kernels::DType::f64 ? kernels::reference::cross_entropy<double>(p)
                                  : kernels::cpu::cross_entropy(p);
 }
@@ -87,6 +90,7 @@ void cross_entropy_rows_backward(const at::Tensor& logits, const at::Tensor& tar
   kernels::CrossEntropyBackward p = {problem(logits, target, ignore_index),
                                      log_sum_exp.const_data_ptr(), d_loss.const_data_ptr(),
                                      mutable_view2(d_logits)};
+  if (logits.is_cuda()) return cuda::run(p, logits.device());
   p.dtype == kernels::DType::f64 ? kernels::reference::cross_entropy_backward<double>(p)
                                  : kernels::cpu::cross_entropy_backward(p);
 }

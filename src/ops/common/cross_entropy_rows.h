@@ -1,4 +1,4 @@
-// What cross_entropy and linear_cross_entropy share: checks, weights of rows, and the CPU kernels.
+// What cross_entropy and linear_cross_entropy share: checks, weights of rows, and the kernels.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ std::string_view name_of(Reduction reduction);
 /// Rejects a target that is not int64 [M] beside `rows` [M, ...].
 void check_target_shape(std::string_view op, const at::Tensor& target, const at::Tensor& rows);
 
-/// Rejects a target on the CPU that is neither ignore_index nor in [0, vocabulary).
+/// Rejects a target on the CPU that is neither ignore_index nor in [0, vocabulary). Elsewhere the
+/// values are not waited for: the kernels give such rows a loss and gradients of NaN.
 void check_target_values(std::string_view op, const at::Tensor& target, int64_t ignore_index,
                          int64_t vocabulary);
 

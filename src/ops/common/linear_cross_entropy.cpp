@@ -87,8 +87,8 @@ at::Tensor rows_meta(const at::Tensor& hidden, const at::Tensor& weight, const a
   return empty_losses(hidden);
 }
 
-at::Tensor rows_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
-                    int64_t ignore_index, int64_t rows_per_block) {
+at::Tensor rows(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
+                int64_t ignore_index, int64_t rows_per_block) {
   at::Tensor loss = rows_meta(hidden, weight, target, ignore_index, rows_per_block);
   check_target_values(kOp, target, ignore_index, weight.size(0));
   const at::Tensor log_sum_exp = at::empty_like(loss);
@@ -109,9 +109,9 @@ Gradients gradients_meta(const at::Tensor& row_weights, const at::Tensor& hidden
           at::empty_symint(weight.sym_sizes(), weight.options())};
 }
 
-Gradients gradients_cpu(const at::Tensor& row_weights, const at::Tensor& hidden,
-                        const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
-                        int64_t rows_per_block) {
+Gradients gradients(const at::Tensor& row_weights, const at::Tensor& hidden,
+                    const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
+                    int64_t rows_per_block) {
   Gradients results =
       gradients_meta(row_weights, hidden, weight, target, ignore_index, rows_per_block);
   auto& [loss, d_hidden, d_weight] = results;
@@ -223,8 +223,9 @@ at::Tensor autograd(const at::Tensor& hidden, const at::Tensor& weight, const at
 at::Tensor autocast(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
                     int64_t ignore_index, std::string_view reduction, int64_t rows_per_block) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  const c10::DeviceType device = hidden.device().type();
   const at::Tensor low =
-      at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), hidden, at::kCPU);
+      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), hidden, device);
   return call_op(low, weight, target, ignore_index, reduction, rows_per_block);
 }
 
@@ -256,8 +257,13 @@ TORCH_LIBRARY_IMPL(gdn, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("linear_cross_entropy_rows", gdn::rows_cpu);
-  m.impl("linear_cross_entropy_gradients", gdn::gradients_cpu);
+  m.impl("linear_cross_entropy_rows", gdn::rows);
+  m.impl("linear_cross_entropy_gradients", gdn::gradients);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("linear_cross_entropy_rows", gdn::rows);
+  m.impl("linear_cross_entropy_gradients", gdn::gradients);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {
@@ -273,3 +279,4 @@ TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, AutocastCPU, m) { m.impl("linear_cross_entropy", gdn::autocast); }
+TORCH_LIBRARY_IMPL(gdn, AutocastCUDA, m) { m.impl("linear_cross_entropy", gdn::autocast); }

@@ -8,6 +8,7 @@
 #include <gdn/kernels/cpu/norm.h>
 #include <gdn/kernels/reference/norm.h>
 #include <gdn/ops/common/norm.h>
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/parallel.h>
@@ -79,15 +80,26 @@ struct Inputs {
   }
 };
 
-at::Tensor norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& gate,
-                    const std::optional<at::Tensor>& weight, double eps, bool l2) {
+void run(const kernels::NormForward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::norm<double>(p) : kernels::cpu::norm(p);
+}
+
+void run(const kernels::NormBackward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::norm_backward<double>(p)
+                                 : kernels::cpu::norm_backward(p);
+}
+
+at::Tensor norm(const at::Tensor& x, const std::optional<at::Tensor>& gate,
+                const std::optional<at::Tensor>& weight, double eps, bool l2) {
   check(x, gate, weight, l2);
   at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) return y;
   kernels::NormForward p;
   const Inputs inputs(p, x, gate, weight, eps, l2);
   p.y = {y.mutable_data_ptr(), p.D};
-  p.dtype == kernels::DType::f64 ? kernels::reference::norm<double>(p) : kernels::cpu::norm(p);
+  run(p, x.device());
   return y;
 }
 
@@ -101,9 +113,9 @@ Gradients empty_gradients(const at::Tensor& x, const std::optional<at::Tensor>& 
   return {empty_like(x), empty_like(gate), empty_like(weight)};
 }
 
-Gradients norm_backward_cpu(const at::Tensor& d_y, const at::Tensor& x,
-                            const std::optional<at::Tensor>& gate,
-                            const std::optional<at::Tensor>& weight, double eps, bool l2) {
+Gradients norm_backward(const at::Tensor& d_y, const at::Tensor& x,
+                        const std::optional<at::Tensor>& gate,
+                        const std::optional<at::Tensor>& weight, double eps, bool l2) {
   check(x, gate, weight, l2);
   check_shape("norm_backward", "d_y", d_y, x.sym_sizes(), "that of x");
   check_like("norm_backward", "d_y", d_y, "x", x);
@@ -124,8 +136,7 @@ Gradients norm_backward_cpu(const at::Tensor& d_y, const at::Tensor& x,
     d_weight_sum = at::empty({p.D}, x.options().dtype(statistics_dtype(x.scalar_type())));
     p.d_weight = d_weight_sum.mutable_data_ptr();
   }
-  p.dtype == kernels::DType::f64 ? kernels::reference::norm_backward<double>(p)
-                                 : kernels::cpu::norm_backward(p);
+  run(p, x.device());
   if (weight) d_weight = d_weight_sum.to(d_weight.scalar_type());
   return gradients;
 }
@@ -210,8 +221,13 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("norm", gdn::norm_cpu);
-  m.impl("norm_backward", gdn::norm_backward_cpu);
+  m.impl("norm", gdn::norm);
+  m.impl("norm_backward", gdn::norm_backward);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("norm", gdn::norm);
+  m.impl("norm_backward", gdn::norm_backward);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {
@@ -226,3 +242,4 @@ TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, AutocastCPU, m) { m.impl("norm", gdn::norm_autocast); }
+TORCH_LIBRARY_IMPL(gdn, AutocastCUDA, m) { m.impl("norm", gdn::norm_autocast); }

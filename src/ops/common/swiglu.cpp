@@ -9,6 +9,7 @@
 #include <gdn/kernels/cpu/swiglu.h>
 #include <gdn/kernels/reference/swiglu.h>
 #include <gdn/ops/common/swiglu.h>
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/parallel.h>
@@ -38,7 +39,18 @@ void check(const at::Tensor& gate, const at::Tensor& up) {
   check_like(kOp, "up", up, "gate", gate);
 }
 
-at::Tensor swiglu_cpu(const at::Tensor& gate, const at::Tensor& up) {
+void run(const kernels::SwigluForward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::swiglu<double>(p) : kernels::cpu::swiglu(p);
+}
+
+void run(const kernels::SwigluBackward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::swiglu_backward<double>(p)
+                                 : kernels::cpu::swiglu_backward(p);
+}
+
+at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
   check(gate, up);
   at::Tensor y = at::empty(gate.sizes(), gate.options());
   if (y.numel() == 0) return y;
@@ -52,13 +64,12 @@ at::Tensor swiglu_cpu(const at::Tensor& gate, const at::Tensor& up) {
   p.up = const_view2(up_rows);
   p.parallel_for = torch_parallel_for;
   p.y = {y.mutable_data_ptr(), p.D};
-  p.dtype == kernels::DType::f64 ? kernels::reference::swiglu<double>(p) : kernels::cpu::swiglu(p);
+  run(p, gate.device());
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> swiglu_backward_cpu(const at::Tensor& d_y,
-                                                       const at::Tensor& gate,
-                                                       const at::Tensor& up) {
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& d_y, const at::Tensor& gate,
+                                                   const at::Tensor& up) {
   check(gate, up);
   check_shape("swiglu_backward", "d_y", d_y, gate.sym_sizes(), "that of gate");
   check_like("swiglu_backward", "d_y", d_y, "gate", gate);
@@ -78,8 +89,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward_cpu(const at::Tensor& d_y,
   p.d_y = const_view2(d_y_rows);
   p.d_gate = {d_gate.mutable_data_ptr(), p.D};
   p.d_up = {d_up.mutable_data_ptr(), p.D};
-  p.dtype == kernels::DType::f64 ? kernels::reference::swiglu_backward<double>(p)
-                                 : kernels::cpu::swiglu_backward(p);
+  run(p, gate.device());
   return {d_gate, d_up};
 }
 
@@ -139,8 +149,13 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("swiglu", gdn::swiglu_cpu);
-  m.impl("swiglu_backward", gdn::swiglu_backward_cpu);
+  m.impl("swiglu", gdn::swiglu_forward);
+  m.impl("swiglu_backward", gdn::swiglu_backward);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("swiglu", gdn::swiglu_forward);
+  m.impl("swiglu_backward", gdn::swiglu_backward);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {
@@ -155,3 +170,4 @@ TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, AutocastCPU, m) { m.impl("swiglu", gdn::swiglu_autocast); }
+TORCH_LIBRARY_IMPL(gdn, AutocastCUDA, m) { m.impl("swiglu", gdn::swiglu_autocast); }

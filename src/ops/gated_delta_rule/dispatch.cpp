@@ -51,12 +51,12 @@ KernelChoice choose_kernel(GatedDeltaRulePass pass, c10::ScalarType dtype) {
   return choice;
 }
 
-void log_choice(const KernelChoice& choice) {
+void log_choice(std::string_view name, std::string_view reason) {
   static std::mutex mutex;
   static std::unordered_set<std::string> logged;
+  const std::string line = std::string(name) + ": " + std::string(reason);
   const std::scoped_lock lock(mutex);
-  if (logged.insert(choice.name).second)
-    LOG(INFO) << "gdn: " << choice.name << ": " << choice.reason;
+  if (logged.insert(line).second) LOG(INFO) << "gdn: " << line;
 }
 
 }  // namespace gdn

@@ -8,6 +8,7 @@
 
 #include <gdn/kernels/cpu/gate.h>
 #include <gdn/kernels/reference/gate.h>
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
@@ -65,13 +66,24 @@ at::Tensor gate_meta(const at::Tensor& a, const at::Tensor& A_log, const at::Ten
   return at::empty_symint(a.sym_sizes(), a.options().dtype(statistics_dtype(a.scalar_type())));
 }
 
-at::Tensor gate_cpu(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias) {
+void run(const kernels::GateForward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::gate<double>(p) : kernels::cpu::gate(p);
+}
+
+void run(const kernels::GateBackward& p, c10::Device device) {
+  if (device.is_cuda()) return cuda::run(p, device);
+  p.dtype == kernels::DType::f64 ? kernels::reference::gate_backward<double>(p)
+                                 : kernels::cpu::gate_backward(p);
+}
+
+at::Tensor gate(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias) {
   at::Tensor g = gate_meta(a, A_log, dt_bias);
   if (a.numel() == 0) return g;
   kernels::GateForward p;
   const Inputs inputs(p, a, A_log, dt_bias);
   p.g = g.mutable_data_ptr();
-  p.dtype == kernels::DType::f64 ? kernels::reference::gate<double>(p) : kernels::cpu::gate(p);
+  run(p, a.device());
   return g;
 }
 
@@ -83,8 +95,8 @@ Gradients gate_backward_meta(const at::Tensor& /*d_g*/, const at::Tensor& a,
           at::empty_symint(dt_bias.sym_sizes(), dt_bias.options())};
 }
 
-Gradients gate_backward_cpu(const at::Tensor& d_g, const at::Tensor& a, const at::Tensor& A_log,
-                            const at::Tensor& dt_bias) {
+Gradients gate_backward(const at::Tensor& d_g, const at::Tensor& a, const at::Tensor& A_log,
+                        const at::Tensor& dt_bias) {
   Gradients gradients = gate_backward_meta(d_g, a, A_log, dt_bias);
   auto& [d_a, d_A_log, d_dt_bias] = gradients;
   const at::ScalarType statistics = statistics_dtype(a.scalar_type());
@@ -106,8 +118,7 @@ Gradients gate_backward_cpu(const at::Tensor& d_g, const at::Tensor& a, const at
   p.d_a = d_a.mutable_data_ptr();
   p.d_A_log = sums[0].mutable_data_ptr();
   p.d_dt_bias = sums[1].mutable_data_ptr();
-  p.dtype == kernels::DType::f64 ? kernels::reference::gate_backward<double>(p)
-                                 : kernels::cpu::gate_backward(p);
+  run(p, a.device());
   d_A_log.copy_(sums[0]);
   d_dt_bias.copy_(sums[1]);
   return gradients;
@@ -155,8 +166,13 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("gated_delta_rule_gate", gdn::gate_cpu);
-  m.impl("gated_delta_rule_gate_backward", gdn::gate_backward_cpu);
+  m.impl("gated_delta_rule_gate", gdn::gate);
+  m.impl("gated_delta_rule_gate_backward", gdn::gate_backward);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("gated_delta_rule_gate", gdn::gate);
+  m.impl("gated_delta_rule_gate_backward", gdn::gate_backward);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {

@@ -20,4 +20,16 @@ void check_cu_seqlens_shape(std::string_view op, const at::Tensor& cu_seqlens,
 std::vector<int64_t> check_cu_seqlens(std::string_view op, const at::Tensor& cu_seqlens, int64_t B,
                                       int64_t T);
 
+/// Checked boundaries in host memory and where the kernels of a device read them.
+struct SequenceBoundaries {
+  std::vector<int64_t> host;
+  at::Tensor copy;  // on a device that is not the CPU
+
+  SequenceBoundaries(std::string_view op, const at::Tensor& cu_seqlens, int64_t B, int64_t T,
+                     c10::Device device);
+  int64_t sequences() const { return static_cast<int64_t>(host.size()) - 1; }
+  int64_t longest() const;
+  const int64_t* data() const;
+};
+
 }  // namespace gdn

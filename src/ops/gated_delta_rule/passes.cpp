@@ -1,10 +1,12 @@
-// CPU kernels of the core operators: from tensors to the parameter structs of src/kernels.
+// The passes of the core operators: from tensors to the parameter structs of src/kernels, on the
+// CPU and on CUDA.
 #include <cmath>
 #include <vector>
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <gdn/ops/cuda/run.h>
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
 #include <gdn/ops/utils/check.h>
@@ -29,7 +31,7 @@ kernels::MutableView4 mutable_view(const at::Tensor& t) {
 struct PreparedInputs {
   at::Tensor q, k, v, g, beta;
   at::Tensor initial_state;  // undefined when absent
-  std::vector<int64_t> cu_seqlens;
+  std::optional<SequenceBoundaries> cu_seqlens;
   kernels::GatedDeltaRuleProblem problem;
 
   explicit PreparedInputs(const CoreArguments& a)
@@ -46,9 +48,9 @@ struct PreparedInputs {
     problem.V = v.size(3);
     problem.N = problem.B;
     if (a.cu_seqlens) {
-      cu_seqlens = check_cu_seqlens(kOp, *a.cu_seqlens, problem.B, problem.T);
-      problem.N = static_cast<int64_t>(cu_seqlens.size()) - 1;
-      problem.cu_seqlens = cu_seqlens.data();
+      cu_seqlens.emplace(kOp, *a.cu_seqlens, problem.B, problem.T, q.device());
+      problem.N = cu_seqlens->sequences();
+      problem.cu_seqlens = cu_seqlens->data();
     }
     if (a.initial_state) {
       initial_state = a.initial_state->contiguous();
@@ -71,6 +73,16 @@ struct PreparedInputs {
 
   at::TensorOptions gate_options() const { return g.options(); }
 
+  /// Tokens of the longest sequence.
+  int64_t longest() const { return cu_seqlens ? cu_seqlens->longest() : problem.T; }
+
+  /// Segments of all sequences together.
+  int64_t segments() const {
+    kernels::GatedDeltaRuleProblem on_host = problem;
+    if (cu_seqlens) on_host.cu_seqlens = cu_seqlens->host.data();
+    return kernels::segment_count(on_host);
+  }
+
   /// The parameters of a pass over these inputs, its own fields still empty.
   template <typename Parameters>
   Parameters parameters() const {
@@ -88,24 +100,35 @@ void check_core_arguments(const CoreArguments& a) {
   if (a.beta.scalar_type() != dtype) reject(kOp, "beta", c10::toString(dtype), describe(a.beta));
 }
 
-void run_forward(GatedDeltaRulePass pass, at::ScalarType dtype,
+void run_forward(GatedDeltaRulePass pass, const PreparedInputs& inputs,
                  const kernels::GatedDeltaRuleForward& p) {
-  const KernelChoice choice = choose_kernel(pass, dtype);
-  log_choice(choice);
+  if (inputs.q.is_cuda()) {
+    const bool recurrent = pass == GatedDeltaRulePass::recurrent_forward;
+    return cuda::run(p, recurrent, inputs.longest(), inputs.q.device());
+  }
+  const KernelChoice choice = choose_kernel(pass, inputs.q.scalar_type());
+  log_choice(choice.name, choice.reason);
   choice.forward(p);
 }
 
+void run_backward(const PreparedInputs& inputs, const kernels::GatedDeltaRuleBackward& p) {
+  if (inputs.q.is_cuda()) return cuda::run(p, inputs.longest(), inputs.q.device());
+  const KernelChoice choice = choose_kernel(GatedDeltaRulePass::backward, inputs.q.scalar_type());
+  log_choice(choice.name, choice.reason);
+  choice.backward(p);
+}
+
 /// Memory for the segment states, with zeros where none will be written.
-at::Tensor allocate_segment_states(const CoreArguments& a,
-                                   const kernels::GatedDeltaRuleProblem& p) {
+at::Tensor allocate_segment_states(const CoreArguments& a, const PreparedInputs& inputs) {
+  const kernels::GatedDeltaRuleProblem& p = inputs.problem;
   const int64_t capacity = segment_capacity(a).expect_int();
-  const int64_t count = kernels::segment_count(p);
+  const int64_t count = inputs.segments();
   at::Tensor states = at::empty({capacity, p.HV, p.K, p.V}, a.v.options().dtype(at::kFloat));
   states.narrow(0, count, capacity - count).zero_();
   return states;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
     const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
     const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale, bool use_qk_l2norm,
@@ -129,15 +152,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
     p.final_state = final_state.mutable_data_ptr();
   }
   if (save_segment_states && keeps_segment_states(q.scalar_type())) {
-    segment_states = allocate_segment_states(a, p);
+    segment_states = allocate_segment_states(a, inputs);
     p.segment_states = segment_states.mutable_data_ptr<float>();
   }
   run_forward(recurrent ? GatedDeltaRulePass::recurrent_forward : GatedDeltaRulePass::chunk_forward,
-              q.scalar_type(), p);
+              inputs, p);
   return {o, final_state, segment_states};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& d_o, const std::optional<at::Tensor>& d_final_state, const at::Tensor& q,
     const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
@@ -161,10 +184,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                   "[segments, HV, K, V]");
       states = segment_states->contiguous();
     } else {
-      states = allocate_segment_states(a, p);
+      states = allocate_segment_states(a, inputs);
       auto replay = inputs.parameters<kernels::GatedDeltaRuleForward>();
       replay.segment_states = states.mutable_data_ptr<float>();
-      run_forward(GatedDeltaRulePass::chunk_forward, q.scalar_type(), replay);
+      run_forward(GatedDeltaRulePass::chunk_forward, inputs, replay);
     }
     p.segment_states = states.const_data_ptr<float>();
   }
@@ -190,16 +213,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   p.d_beta = d_beta.mutable_data_ptr();
   if (initial_state) p.d_initial_state = d_initial_state.mutable_data_ptr();
 
-  const KernelChoice choice = choose_kernel(GatedDeltaRulePass::backward, q.scalar_type());
-  log_choice(choice);
-  choice.backward(p);
+  run_backward(inputs, p);
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state};
 }
 
-at::Tensor update_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                      const at::Tensor& g, const at::Tensor& beta, at::Tensor& state,
-                      const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale,
-                      bool use_qk_l2norm, bool state_v_first) {
+at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const at::Tensor& g, const at::Tensor& beta, at::Tensor& state,
+                  const std::optional<at::Tensor>& cu_seqlens, std::optional<double> scale,
+                  bool use_qk_l2norm, bool state_v_first) {
   const std::optional<at::Tensor> initial_state = state;
   const CoreArguments a{q,
                         k,
@@ -219,7 +240,7 @@ at::Tensor update_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor
   const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
   p.o = mutable_view(o);
   p.final_state = inputs.initial_state.mutable_data_ptr();
-  run_forward(GatedDeltaRulePass::recurrent_forward, q.scalar_type(), p);
+  run_forward(GatedDeltaRulePass::recurrent_forward, inputs, p);
   if (!inputs.initial_state.is_same(state)) state.copy_(inputs.initial_state);
   return o;
 }
@@ -228,7 +249,13 @@ at::Tensor update_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 }  // namespace gdn
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
-  m.impl("gated_delta_rule_forward", gdn::forward_cpu);
-  m.impl("gated_delta_rule_backward", gdn::backward_cpu);
-  m.impl("gated_delta_rule_update", gdn::update_cpu);
+  m.impl("gated_delta_rule_forward", gdn::forward);
+  m.impl("gated_delta_rule_backward", gdn::backward);
+  m.impl("gated_delta_rule_update", gdn::update);
+}
+
+TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
+  m.impl("gated_delta_rule_forward", gdn::forward);
+  m.impl("gated_delta_rule_backward", gdn::backward);
+  m.impl("gated_delta_rule_update", gdn::update);
 }
