@@ -1,4 +1,5 @@
 // `gdn info`: what this build and this machine have.
+#include <cmath>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -16,6 +17,7 @@
 
 #include <gdn/cli/command.h>
 #include <gdn/kernels/cpu/gated_delta_rule.h>
+#include <gdn/ops/cuda/run.h>
 
 namespace gdn::cli {
 namespace {
@@ -41,9 +43,28 @@ std::set<std::string> matrix_instructions() {
   return names;
 }
 
+/// The GPUs, and which kernels would serve typical requests there.
+Json cuda_devices() {
+  Json devices = Json::array();
+  for (const cuda::DeviceInfo& device : cuda::devices()) {
+    Json kernels = Json::array();
+    for (const cuda::ServedRequest& served : cuda::served_requests(device)) {
+      kernels.push_back(
+          {{"request", served.request}, {"kernel", served.kernel}, {"why", served.reason}});
+    }
+    devices.push_back(
+        {{"name", device.name},
+         {"compute_capability", std::to_string(device.major) + "." + std::to_string(device.minor)},
+         {"multiprocessors", device.multiprocessors},
+         {"memory_gib", static_cast<double>(device.bytes) / (1 << 30)},
+         {"kernels", kernels}});
+  }
+  return {{"status", cuda::status()}, {"devices", devices}};
+}
+
 /// Operators of torch.ops.gdn, with the devices that they have kernels for; "composed" are those
 /// that call others.
-Json operators() {
+Json operators(bool with_cuda) {
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   std::map<std::string, Json> devices;
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
@@ -52,7 +73,9 @@ Json operators() {
     Json& entry = devices[name.name.substr(5)] = Json::array();
     if (!schema) continue;
     if (schema->hasKernelForDispatchKey(c10::DispatchKey::CPU)) entry.push_back("cpu");
-    if (schema->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) entry.push_back("cuda");
+    if (with_cuda && schema->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) {
+      entry.push_back("cuda");
+    }
     if (entry.empty()) entry.push_back("composed");
   }
   return devices;
@@ -66,7 +89,7 @@ Json collect() {
       {"compiler", GDN_COMPILER},
       {"build", GDN_BUILD_TYPE},
       {"cpu", {{"name", processor_name()}, {"threads", at::get_num_threads()}}},
-      {"cuda", "not compiled in"},
+      {"cuda", cuda_devices()},
       {"kernels",
        {{"instruction_sets", kernels::cpu::compiled_instruction_sets()},
         {"chosen", chosen},
@@ -76,7 +99,7 @@ Json collect() {
       {"torch_kernels",
        {{"instruction_set", at::get_cpu_capability()},
         {"matrix_instructions", matrix_instructions()}}},
-      {"operators", operators()},
+      {"operators", operators(cuda::compiled_in())},
   };
 }
 
@@ -92,8 +115,18 @@ void print(const Json& info) {
             << text(info["compiler"]) << "), torch " << text(info["torch"]) << "\n"
             << "cpu        " << text(info["cpu"]["name"]) << ", " << info["cpu"]["threads"]
             << " threads\n"
-            << "cuda       " << text(info["cuda"]) << "\n"
-            << "kernels    " << text(info["kernels"]["chosen"]) << " of "
+            << "cuda       " << text(info["cuda"]["status"]) << "\n";
+  for (const Json& device : info["cuda"]["devices"]) {
+    std::cout << "  " << text(device["name"]) << ", compute capability "
+              << text(device["compute_capability"]) << ", " << device["multiprocessors"]
+              << " multiprocessors, " << std::lround(device["memory_gib"].get<double>())
+              << " GiB\n";
+    for (const Json& kernel : device["kernels"]) {
+      std::cout << "  " << text(kernel["request"]) << ": " << text(kernel["kernel"]) << " ("
+                << text(kernel["why"]) << ")\n";
+    }
+  }
+  std::cout << "kernels    " << text(info["kernels"]["chosen"]) << " of "
             << join(info["kernels"]["instruction_sets"]) << ": " << text(info["kernels"]["why"])
             << "\n"
             << "torch      " << text(info["torch_kernels"]["instruction_set"])
