@@ -9,10 +9,10 @@ BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build test demo wheel bench lint format install clean
+.PHONY: help setup build test test-gpu demo wheel bench lint format install clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup:  ## install what is missing: system packages and .venv with PyTorch
 	@scripts/setup.sh build
@@ -23,6 +23,10 @@ build: setup  ## build everything into build/$(PRESET)
 
 test: build  ## run every test
 	@ctest --test-dir $(BUILD) --no-tests=error --output-on-failure --parallel $(JOBS)
+
+test-gpu:  ## run the tests that need an NVIDIA GPU (and CUDA 12.8 or newer to build them)
+	@$(MAKE) --no-print-directory build PRESET=cuda
+	@ctest --test-dir build/cuda --no-tests=error --output-on-failure --label-regex '^cuda$$'
 
 demo: build  ## train a small language model on Python's standard library, and compare it
 	@scripts/demo.py --gdn $(BUILD)/bin/gdn --out demo
