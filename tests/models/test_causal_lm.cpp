@@ -259,19 +259,35 @@ TEST(CausalLM, CheckpointingRespectsFrozenParametersAndGradOfLists) {
 
 TEST(CausalLM, EqualsPlainOperators) {
   const torch::NoGradGuard no_grad;
-  GatedDeltaNetConfig config = tiny_config();
-  config.conv_size = 3;
-  config.norm_eps = 1e-2;
-  GatedDeltaNetForCausalLM model = make_model(config);
-  for (const at::Tensor& parameter : model->parameters()) {  // not all norms alike
-    if (parameter.dim() == 1) parameter.mul_(1 + 0.3 * torch::randn_like(parameter));
+  GatedDeltaNetConfig one = tiny_config(), other = tiny_config();
+  one.conv_size = 3;
+  one.norm_eps = 1e-2;
+  other.use_gate = other.use_short_conv = false;
+  other.allow_neg_eigval = true;
+  for (const GatedDeltaNetConfig& config : {one, other}) {
+    GatedDeltaNetForCausalLM model = make_model(config);
+    for (const at::Tensor& parameter : model->parameters()) {  // not all norms alike
+      if (parameter.dim() == 1) parameter.mul_(1 + 0.3 * torch::randn_like(parameter));
+    }
+    const at::Tensor ids = random_ids(config, 2, 70);
+    const auto plain = [&](at::ScalarType dtype) {
+      return plain_logits(weights_of(*model, dtype), config, ids);
+    };
+    expect_as_good_as_plain(model->forward({.input_ids = ids}).logits, plain(torch::kFloat),
+                            plain(torch::kDouble));
   }
-  const at::Tensor ids = random_ids(config, 2, 70);
-  const auto plain = [&](at::ScalarType dtype) {
-    return plain_logits(weights_of(*model, dtype), config, ids);
+}
+
+TEST(CausalLM, AttentionOptionsReachTheLayers) {
+  const at::Tensor ids = random_ids(hybrid_config(), 1, 20);
+  const auto logits = [&](auto change) {
+    GatedDeltaNetConfig config = hybrid_config();
+    change(config.attn[1]);
+    return make_model(config)->forward({.input_ids = ids}).logits;
   };
-  expect_as_good_as_plain(model->forward({.input_ids = ids}).logits, plain(torch::kFloat),
-                          plain(torch::kDouble));
+  const at::Tensor plain = logits([](AttentionConfig&) {});
+  EXPECT_FALSE(torch::equal(logits([](AttentionConfig& a) { a.rope_theta = 100; }), plain));
+  EXPECT_FALSE(torch::equal(logits([](AttentionConfig& a) { a.window_size = 6; }), plain));
 }
 
 TEST(CausalLM, NarrowModelsKeepGatesWide) {

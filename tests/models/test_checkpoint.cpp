@@ -84,6 +84,7 @@ TEST(Checkpoint, ShardsWithAnIndex) {
 TEST(Checkpoint, SavingAgainLeavesNothingOfTheOldOne) {
   const TestFolder folder;
   GatedDeltaNetForCausalLM model = make_model(tiny_config());
+  std::set<std::string> before;
   for (const int64_t shard : {20'000L, 20'000L, 30'000L, kMaxShardBytes, 20'000L}) {
     {
       const torch::NoGradGuard no_grad;
@@ -101,7 +102,12 @@ TEST(Checkpoint, SavingAgainLeavesNothingOfTheOldOne) {
     } else {
       listed.insert("model.safetensors.index.json");
       const auto index = read_json(folder / "model.safetensors.index.json");
-      for (const auto& [key, file] : index["weight_map"].items()) listed.insert(file);
+      std::set<std::string> shards;
+      for (const auto& [key, file] : index["weight_map"].items()) shards.insert(file);
+      // The old index speaks of the old files until the new one takes its place.
+      for (const std::string& name : shards) EXPECT_FALSE(before.count(name)) << name;
+      listed.insert(shards.begin(), shards.end());
+      before = shards;
     }
     EXPECT_EQ(files(folder.path()), std::vector<std::string>(listed.begin(), listed.end()));
   }

@@ -52,6 +52,13 @@ TEST_P(Generation, RowsAreIndependentAndRepeatable) {
   const GenerateOptions other{.max_new_tokens = 12, .top_k = 20, .top_p = 0.9, .seed = 6};
   EXPECT_NE(generate(model_, prompts_, other), together);
   EXPECT_NE(generate(model_, {prompts_[0], prompts_[0]}, options)[1], together[0]);
+  // Rows that go on when another has left the batch draw from their own generators still.
+  int64_t first_row = 0;
+  const auto fewer = generate(model_, prompts_, options,
+                              [&](int64_t row, int64_t) { return row != 0 || ++first_row < 3; });
+  EXPECT_EQ(fewer[0], Tokens(together[0].begin(), together[0].begin() + 3));
+  EXPECT_EQ(fewer[1], together[1]);
+  EXPECT_EQ(fewer[2], together[2]);
 }
 
 TEST_P(Generation, RowsEndAtStopTokensAndAtTheCallbacksWish) {
