@@ -32,6 +32,9 @@ TEST(TextStream, BytesThatAreNoUtf8AreReplaced) {
   EXPECT_EQ(by_bytes(TextStream(), "\xE2\x82"), (Shown{"", "", bad}));
   EXPECT_EQ(by_bytes(TextStream(), "\xC0\xAF"), (Shown{bad, bad, ""}));       // overlong '/'
   EXPECT_EQ(by_bytes(TextStream(), "\xED\xA0"), (Shown{"", bad + bad, ""}));  // a surrogate
+  EXPECT_EQ(by_bytes(TextStream(), "\xE0\x9F"), (Shown{"", bad + bad, ""}));  // below U+0800
+  EXPECT_EQ(by_bytes(TextStream(), "\xF0\x8F"), (Shown{"", bad + bad, ""}));  // below U+10000
+  EXPECT_EQ(by_bytes(TextStream(), "\xF4\x90"), (Shown{"", bad + bad, ""}));  // past U+10FFFF
 }
 
 TEST(TextStream, StopStringIsNotShown) {

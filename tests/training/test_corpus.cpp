@@ -1,7 +1,8 @@
-#include <set>
+#include <chrono>
 
 #include <gdn/training/corpus.h>
 #include <gdn/training/crc32.h>
+#include <gdn/training/files.h>
 #include <gdn/training/token_folder.h>
 #include <gdn/training/tokenizer.h>
 
@@ -18,6 +19,24 @@ std::vector<int64_t> tokens_of(const Corpus& corpus, int64_t document) {
   corpus.copy(document, 0, corpus.length(document), tokens.data());
   return tokens;
 }
+
+/// Bytes under another description.
+class OtherBytes : public Tokenizer {
+ public:
+  int64_t vocab_size() const override { return bytes_->vocab_size(); }
+  int64_t bos_id() const override { return bytes_->bos_id(); }
+  int64_t eos_id() const override { return bytes_->eos_id(); }
+  std::vector<int64_t> encode(std::string_view text) const override { return bytes_->encode(text); }
+  std::string decode(const std::vector<int64_t>& tokens) const override {
+    return bytes_->decode(tokens);
+  }
+  std::string token_text(int64_t token) const override { return bytes_->token_text(token); }
+  std::string description() const override { return "other"; }
+  void save(const std::filesystem::path& folder) const override { bytes_->save(folder); }
+
+ private:
+  std::unique_ptr<Tokenizer> bytes_ = make_tokenizer("byte");
+};
 
 class CorpusTest : public ::testing::Test {
  protected:
@@ -53,6 +72,13 @@ TEST_F(CorpusTest, MakesADocumentOfEachFile) {
   EXPECT_EQ(corpus.tokens(), 6 + 4 + 5);
 }
 
+TEST_F(CorpusTest, KeepsNamesOnALineEach) {
+  const Corpus corpus = open({folder.write("a\nb", "text"), folder.write("c", "text")});
+  ASSERT_EQ(corpus.documents(), 2);
+  EXPECT_EQ(corpus.name(0), "a b");
+  EXPECT_EQ(corpus.name(1), "c");
+}
+
 TEST_F(CorpusTest, TakesSuffixesFromFolders) {
   folder.write("text/a.py", "py");
   folder.write("text/a.txt", "txt");
@@ -62,8 +88,10 @@ TEST_F(CorpusTest, TakesSuffixesFromFolders) {
 }
 
 TEST_F(CorpusTest, PutsLongDocumentsTogetherFromPieces) {
-  std::string text = testing::some_text(5'000'000, 1);
-  text += std::string(3'000'000, 'x');  // longer than a piece, and without a line's end
+  const std::string part = testing::some_text(1'000'000, 1);
+  std::string text;
+  for (int i = 0; i < 15; ++i) text += part;  // more than is encoded at a time
+  text += std::string(3'000'000, 'x');        // longer than a piece, and without a line's end
   folder.write("text/before.txt", "before");
   folder.write("text/long.txt", text);
   folder.write("text/zafter.txt", "after");
@@ -91,6 +119,14 @@ TEST_F(CorpusTest, ReusesACacheOfTheSameFilesOnly) {
   EXPECT_EQ(tokens_of(kept, 0), tokenizer->encode_document("first"));
   options.keep_cache = false;
   EXPECT_EQ(tokens_of(open({file}, options), 0), tokenizer->encode_document("second"));
+  folder.write("a.txt", "SECOND");  // as long, but later
+  std::filesystem::last_write_time(
+      file, std::filesystem::file_time_type::clock::now() + std::chrono::seconds(2));
+  EXPECT_EQ(tokens_of(open({file}, options), 0), tokenizer->encode_document("SECOND"));
+  EXPECT_EQ(messages.size(), 3U);
+  OtherBytes other;
+  open_corpus({file}, other, options);
+  EXPECT_EQ(messages.size(), 4U);
   EXPECT_EQ(tokens_of(again, 0), tokenizer->encode_document("first"));  // still mapped
 }
 
@@ -125,12 +161,27 @@ TEST_F(CorpusTest, ReadsTokenFoldersThatOthersWrote) {
 TEST_F(CorpusTest, NamesATokenOutsideTheVocabulary) {
   std::filesystem::create_directory(folder / "tokens");
   TokenFolderWriter writer(folder / "tokens/made", 300);
-  writer.append({1, 2, 299});
-  writer.end_document("a", 3);
+  writer.append({1, 256});
+  writer.end_document("a", 1);
+  writer.append({2, 257});
+  writer.end_document("b", 1);
   writer.close("{}");
   const Corpus corpus = open({(folder / "tokens/made").string()});
-  const std::string message = message_of<std::runtime_error>([&] { tokens_of(corpus, 0); });
-  EXPECT_NE(message.find("token 2 is 299"), std::string::npos) << message;
+  EXPECT_EQ(tokens_of(corpus, 0), (std::vector<int64_t>{1, 256}));
+  const std::string message = message_of<std::runtime_error>([&] { tokens_of(corpus, 1); });
+  EXPECT_NE(message.find("token 3 is 257"), std::string::npos) << message;
+}
+
+TEST_F(CorpusTest, KeepsTokensOfLargeVocabularies) {
+  const std::vector<int64_t> tokens = {0, 65'535, 65'536, 99'999};
+  TokenFolderWriter writer(folder / "made", 100'000);
+  writer.append(tokens);
+  writer.end_document("a", 4);
+  writer.close("{}");
+  const TokenFolder made(folder / "made", 100'000);
+  std::vector<int64_t> read(4);
+  made.copy(0, 0, 4, read.data());
+  EXPECT_EQ(read, tokens);
 }
 
 TEST_F(CorpusTest, HoldsOutATenthByName) {
@@ -187,8 +238,36 @@ TEST_F(CorpusTest, NamesABrokenTokenFolder) {
   folder.write("made/tokens.npy", "no array");
   EXPECT_NE(error({(folder / "made").string()}).find("tokens.npy"), std::string::npos);
   folder.write("made/tokens.npy", tokens);
+
+  const std::string names = testing::read_file(folder / "made/names.txt");
+  folder.write("made/names.txt", names + "b\n");
+  EXPECT_NE(error({(folder / "made").string()}).find("names.txt: must hold 1 lines"),
+            std::string::npos);
+  folder.write("made/names.txt", names);
+  const auto write_array = [&](const std::string& name, const std::vector<int64_t>& values) {
+    NpyWriter file(folder / ("made/" + name), 8);
+    file.append(values.data(), static_cast<int64_t>(values.size()));
+    file.close();
+  };
+  write_array("bytes.npy", {1, 1});
+  EXPECT_NE(error({(folder / "made").string()}).find("bytes.npy: must hold 1 sizes"),
+            std::string::npos);
+  write_array("bytes.npy", {1});
+  for (const std::vector<int64_t>& starts :
+       std::vector<std::vector<int64_t>>{{0, 2}, {1, 3}, {0, 4}, {0, 3, 2, 3}, {}}) {
+    write_array("documents.npy", starts);
+    EXPECT_NE(error({(folder / "made").string()}).find("documents.npy: must rise from 0"),
+              std::string::npos);
+  }
   std::filesystem::remove(folder / "made/documents.npy");
   EXPECT_NE(error({(folder / "made").string()}).find("documents.npy"), std::string::npos);
+}
+
+TEST(OutputFile, ReportsAFullDisk) {
+  OutputFile file("/dev/full");
+  file.write("text");
+  EXPECT_EQ(message_of<std::runtime_error>([&] { file.flush(); }),
+            "/dev/full: cannot be written: No space left on device");
 }
 
 TEST(Crc32, AgreesWithPublishedValues) {

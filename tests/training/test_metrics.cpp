@@ -124,12 +124,12 @@ TEST(JsonLines, DropsWhatAnInterruptedRunWroteTooMuch) {
   {
     JsonLines lines(file, 0);
     for (const int64_t step : {10, 20, 30}) lines.on_step(some_step(step), true);
-    lines.on_step(some_step(31), false);
   }
   std::ofstream(file, std::ios::app) << R"({"step": 40, "lo)";  // killed while writing
   {
     JsonLines lines(file, 20);
     lines.on_eval({20, {.loss = 1.5, .perplexity = 4.5}});
+    lines.on_step(some_step(29), false);
     lines.on_step(some_step(30), true);
   }
   std::vector<int64_t> steps;
@@ -163,6 +163,7 @@ TEST(Console, PrintsPlainLinesWhereThereIsNoTerminal) {
 
 TEST(Console, WritesNumbersForPeople) {
   EXPECT_EQ(human_count(999), "999");
+  EXPECT_EQ(human_count(999.7), "1.0k");
   EXPECT_EQ(human_count(1234), "1.2k");
   EXPECT_EQ(human_count(345'678), "346k");
   EXPECT_EQ(human_count(7.25e9), "7.2B");

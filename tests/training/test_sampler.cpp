@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 
 #include <gdn/training/sampler.h>
@@ -14,7 +15,7 @@ class SamplerTest : public ::testing::Test {
  protected:
   SamplerTest() {
     std::vector<std::string> files;
-    for (const int bytes : {1, 5, 30, 62, 200, 7, 64, 3}) {
+    for (const int bytes : {1, 5, 30, 62, 200, 7, 63, 4}) {  // and two tokens around each
       files.push_back(folder.write(std::to_string(bytes), testing::some_text(bytes, bytes)));
     }
     corpus = open_corpus(files, *make_tokenizer("byte"));
@@ -87,14 +88,19 @@ TEST_F(SamplerTest, WantsASequenceThatTheDataFill) {
   const std::string message =
       testing::message_of<std::invalid_argument>([&] { Sampler(corpus, 389, 389, 0); });
   EXPECT_EQ(message, "seq_len must be at most the training data's 388 tokens, got 389");
+  EXPECT_EQ(Sampler(corpus, 388, 388, 0).next().input_ids.size(), 388U);
 }
 
 TEST_F(SamplerTest, DescribesABatch) {
-  Sampler sampler(corpus, 64, 20, 0);
-  const Batch batch = sampler.next();
-  const std::string expected = corpus.name(batch.sequences[0].document) + " tokens " +
-                               std::to_string(batch.sequences[0].begin) + " to ";
-  EXPECT_EQ(sampler.describe(batch).substr(0, expected.size()), expected);
+  const Sampler sampler(corpus, 64, 20, 0);
+  Batch batch;
+  batch.sequences = {{2, 5, 31}, {0, 0, 3}};
+  EXPECT_EQ(sampler.describe(batch), "30 tokens 5 to 31, 1 tokens 0 to 3");
+  Batch many;
+  many.sequences.assign(10, {1, 0, 2});
+  const std::string text = sampler.describe(many);
+  EXPECT_EQ(std::count(text.begin(), text.end(), ','), 7) << text;
+  EXPECT_TRUE(text.ends_with(" and 2 more")) << text;
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ std::string train_sentencepiece(const TestFolder& folder, const std::string& mor
 
 constexpr char kWithBytes[] =
     "--vocab_size=310 --byte_fallback=true --model_type=bpe --hard_vocab_limit=false "
-    "--normalization_rule_name=identity --remove_extra_whitespaces=false";
+    "--normalization_rule_name=identity --remove_extra_whitespaces=false "
+    "--split_by_whitespace=false";  // pieces of several words
 
 TEST(SentencePieceTokenizer, GivesTextBack) {
   const TestFolder folder;
@@ -64,6 +65,8 @@ TEST(SentencePieceTokenizer, GivesTextBack) {
     EXPECT_EQ(streamed, text.empty() ? "" : " " + text);
   }
   EXPECT_LT(tokenizer->encode("the delta rule").size(), 14U);
+  EXPECT_EQ(tokenizer->token_text(tokenizer->bos_id()), "");
+  EXPECT_EQ(tokenizer->token_text(tokenizer->eos_id()), "");
 }
 
 TEST(SentencePieceTokenizer, LivesInAModelFolder) {
@@ -73,6 +76,9 @@ TEST(SentencePieceTokenizer, LivesInAModelFolder) {
   const auto loaded = load_tokenizer(folder / "");
   EXPECT_EQ(loaded->description(), tokenizer->description());
   EXPECT_EQ(loaded->encode("a state decays"), tokenizer->encode("a state decays"));
+  const auto smaller = make_tokenizer(
+      train_sentencepiece(folder, std::string(kWithBytes).replace(0, 16, "--vocab_size=300")));
+  EXPECT_NE(smaller->description(), tokenizer->description());
   std::filesystem::remove(folder / kTokenizerFile);  // as in folders of transformers
   EXPECT_EQ(load_tokenizer(folder / "")->description(), tokenizer->description());
 }

@@ -167,6 +167,10 @@ TEST(Resume, RefusesOtherModelsAndData) {
             "seq_len must stay as in " + checkpoint + ", 64, got 32");
   EXPECT_EQ(refusal([](auto& o) { o.seed = 9; }),
             "seed must stay as in " + checkpoint + ", 0, got 9");
+  EXPECT_EQ(refusal([](auto& o) {
+              o.eval_data = o.data;
+            }).rfind("the number of training documents must stay as in " + checkpoint, 0),
+            0U);
   folder.write("data/new.txt", "new");
   TrainOptions options = begun;
   options.resume = true;
