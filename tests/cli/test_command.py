@@ -241,12 +241,14 @@ class Generate(CommandTest):
         return gdn("generate", "--model", MODEL, "--threads=1", *arguments, **options)
 
     def test_prompt_and_standard_input_agree(self):
-        options = ["--max-new-tokens=20", "--seed=3"]
-        by_flag = self.assert_succeeds(self.generate("--prompt", "state gate", *options))
-        by_input = self.assert_succeeds(self.generate(*options, input=b"state gate"))
-        self.assertEqual(by_flag, by_input)
-        self.assertNotEqual(by_flag.strip(), b"")
-        by_flag.decode()  # throws unless it is UTF-8
+        prompt = "state gate\nand more "
+        for more in ([], ["--json"]):  # which also tells the prompt
+            options = ["--max-new-tokens=20", "--seed=3", *more]
+            by_flag = self.assert_succeeds(self.generate("--prompt", prompt, *options))
+            by_input = self.assert_succeeds(self.generate(*options, input=prompt.encode()))
+            self.assertEqual(by_flag, by_input)
+            self.assertNotEqual(by_flag.strip(), b"")
+            by_flag.decode()  # throws unless it is UTF-8
 
     def test_several_prompts_do_not_change_each_other(self):
         options = ["--max-new-tokens=12", "--json", "--temperature=0"]
