@@ -122,6 +122,12 @@ INSTANTIATE_TEST_SUITE_P(
         Rejected{R"({"attn": {"layers": [0], "num_heads": 5}})",
                  "attn.num_heads must be a divisor of hidden_size that leaves an even head size, "
                  "got 5"},
+        Rejected{R"({"attn": {"layers": [0], "num_heads": 11}})",
+                 "attn.num_heads must be a divisor of hidden_size that leaves an even head size, "
+                 "got 11"},
+        Rejected{R"({"attn": {"layers": [0], "num_heads": 16}})",
+                 "attn.num_heads must be a divisor of hidden_size that leaves an even head size, "
+                 "got 16"},
         Rejected{R"({"attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 3}})",
                  "attn.num_kv_heads must be a divisor of attn.num_heads, got 3"},
         Rejected{R"({"attn": {"layers": [0], "num_heads": 2, "window_size": 0}})",
