@@ -22,7 +22,9 @@ build: setup  ## build everything into build/$(PRESET)
 	@cmake --build $(BUILD) --parallel $(JOBS)
 
 test: build  ## run every test
-	@ctest --test-dir $(BUILD) --no-tests=error --output-on-failure --parallel $(JOBS)
+	@# Programs side by side share the cores: threads that wait must not spin.
+	@OMP_WAIT_POLICY=PASSIVE ctest --test-dir $(BUILD) --no-tests=error --output-on-failure \
+	  --parallel $(JOBS)
 
 test-gpu:  ## run the tests that need an NVIDIA GPU (and CUDA 12.8 or newer to build them)
 	@$(MAKE) --no-print-directory build PRESET=cuda

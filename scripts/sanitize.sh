@@ -10,6 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 # bytes of AVX-512's arrays, and the first aligned store faults.
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=print_stacktrace=1
+export OMP_WAIT_POLICY=PASSIVE  # programs side by side share the cores
 
 programs=(gdn_test_kernels gdn_test_ops)
 [[ -f build/asan/build.ninja ]] || cmake --preset asan
