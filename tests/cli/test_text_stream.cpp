@@ -50,9 +50,11 @@ TEST(TextStream, StopStringIsNotShown) {
 }
 
 TEST(TextStream, EarliestOfSeveralStopsCounts) {
-  TextStream stream({"zz", "b"});
-  EXPECT_EQ(stream.append("abzz"), "a");
-  EXPECT_TRUE(stream.stopped());
+  for (const std::vector<std::string>& stops : {std::vector<std::string>{"zz", "b"}, {"b", "zz"}}) {
+    TextStream stream(stops);
+    EXPECT_EQ(stream.append("abzz"), "a");
+    EXPECT_TRUE(stream.stopped());
+  }
 }
 
 TEST(TextStream, WhatLooksLikeAStopIsShownAtTheEnd) {
