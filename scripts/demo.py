@@ -131,7 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gdn", default="build/release/bin/gdn", help="the command")
     parser.add_argument("--out", default="demo", type=Path, help="folder for the runs")
-    parser.add_argument("--minutes", default=4.2, type=float, help="time for training")
+    parser.add_argument("--minutes", default=4.0, type=float, help="time for training")
     arguments = parser.parse_args()
     program, run = arguments.gdn, next_run(arguments.out)
     if not os.access(program, os.X_OK):
