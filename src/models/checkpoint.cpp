@@ -3,13 +3,11 @@
 #include <map>
 #include <regex>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
-#include <gdn/models/atomic_file.h>
 #include <gdn/models/checkpoint.h>
 #include <gdn/models/model_folder.h>
 #include <gdn/models/safetensors.h>
@@ -51,12 +49,6 @@ std::vector<NamedTensors> split_into_shards(const NamedTensors& tensors, int64_t
   return shards;
 }
 
-void write_json(const fs::path& file, const json& value) {
-  AtomicFile target(file);
-  target.write(value.dump(2) + "\n");
-  target.commit();
-}
-
 /// Removes shards of earlier saves, of which no index speaks any more.
 void remove_shards_except(const fs::path& folder, const std::set<std::string>& kept) {
   std::vector<fs::path> stale;
@@ -94,12 +86,6 @@ void save_shards(const fs::path& folder, const std::vector<NamedTensors>& shards
   write_json(folder / kIndexFile, index);
   fs::remove(folder / kWeightsFile);
   remove_shards_except(folder, names);
-}
-
-std::string shape_text(const at::Tensor& tensor) {
-  std::ostringstream text;
-  text << tensor.sizes();
-  return text.str();
 }
 
 /// A_log and dt_bias: gates lose too much in 16 bits.
@@ -148,8 +134,8 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
     const fs::path& file = found->second.file;
     if (stored.sizes() != named.value().sizes()) {
       throw std::runtime_error(file.string() + ": tensor \"" + key + "\" must have shape " +
-                               shape_text(named.value()) + " for this config.json, got " +
-                               shape_text(stored));
+                               shape_text(named.value().sizes()) + " for this config.json, got " +
+                               shape_text(stored.sizes()));
     }
     if (!stored.is_floating_point()) {
       throw std::runtime_error(file.string() + ": tensor \"" + key +

@@ -4,7 +4,6 @@
 #include <map>
 #include <regex>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 #include <system_error>
 #include <unistd.h>
@@ -13,7 +12,6 @@
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
-#include <gdn/models/atomic_file.h>
 #include <gdn/models/convert.h>
 #include <gdn/models/model_folder.h>
 #include <gdn/models/safetensors.h>
@@ -74,12 +72,6 @@ void check_outside(const fs::path& out, const fs::path& base) {
   if (relative.empty() || *relative.begin() != "..") {
     throw std::runtime_error(out.string() + ": must not be inside " + base.string());
   }
-}
-
-std::string shape_text(at::IntArrayRef shape) {
-  std::ostringstream text;
-  text << shape;
-  return text.str();
 }
 
 /// Our GatedDeltaNet's arguments, as Python's constructor names them.
@@ -315,9 +307,7 @@ Conversion convert_from_transformers(const fs::path& model, const fs::path& out)
     }
   }
   write_safetensors(target.path() / kWeightsFile, tensors);
-  AtomicFile config(target.path() / kConfigFile);
-  config.write(layers_config(folder.model()).dump(2) + "\n");
-  config.commit();
+  write_json(target.path() / kConfigFile, layers_config(folder.model()));
   target.commit();
   return conversion_of(folder);
 }

@@ -1,9 +1,11 @@
 #include <fstream>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 
 #include <nlohmann/json.hpp>
 
+#include <gdn/models/atomic_file.h>
 #include <gdn/models/model_folder.h>
 #include <gdn/models/safetensors.h>
 
@@ -34,6 +36,18 @@ json read_json(const fs::path& file) {
   } catch (const json::exception& error) {
     throw std::runtime_error(file.string() + ": not JSON: " + error.what());
   }
+}
+
+void write_json(const fs::path& file, const json& value) {
+  AtomicFile target(file);
+  target.write(value.dump(2) + "\n");
+  target.commit();
+}
+
+std::string shape_text(at::IntArrayRef shape) {
+  std::ostringstream text;
+  text << shape;
+  return text.str();
 }
 
 std::map<std::string, StoredTensor> read_weights(const fs::path& folder, fs::path& listed) {

@@ -19,6 +19,12 @@ inline constexpr const char* kIndexFile = "model.safetensors.index.json";
 /// Throws std::runtime_error that names the file where it cannot be read or is not JSON.
 nlohmann::json read_json(const std::filesystem::path& file);
 
+/// Indented, atomically. Throws std::runtime_error that names the file.
+void write_json(const std::filesystem::path& file, const nlohmann::json& value);
+
+/// "[3, 4]", for messages.
+std::string shape_text(at::IntArrayRef shape);
+
 /// A tensor of a checkpoint and the file that holds it.
 struct StoredTensor {
   at::Tensor tensor;  ///< read-only
