@@ -39,7 +39,6 @@ wheel: build  ## build the Python package as dist/*.whl
 	  -C cmake.define.GDN_BUILT_IN=$(CURDIR)/$(BUILD) -w dist .
 
 bench: build  ## measure, beside PyTorch and transformers
-	@scripts/setup.sh bench
 	@scripts/bench.sh $(BUILD)
 
 lint:  ## check format and code (changes nothing)

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing: system packages through apt-get and .venv with PyTorch from PyPI.
 #
-#   scripts/setup.sh build   what building, testing and the demo need
+#   scripts/setup.sh build   what building, testing, measuring and the demo need
 #   scripts/setup.sh lint    what 'make lint' and 'make format' need
-#   scripts/setup.sh bench   what 'make bench' compares us with
 #
 # The README says what each package is for. Nothing is asked; nothing present is changed.
 set -euo pipefail
@@ -22,11 +21,7 @@ case "${1:-}" in
     system=(clang-tidy shellcheck)
     python=(clang-format==14.0.6 ruff)
     ;;
-  bench)
-    system=()
-    python=(transformers==5.23.0)
-    ;;
-  *) fail "expected one of build, lint, bench" ;;
+  *) fail "expected one of build, lint" ;;
 esac
 
 # A stamp with this script's and the interpreter's state makes every further call quick.
