@@ -4,8 +4,9 @@
 // An error may be twice the CPU's, plus the rounding of the result to its dtype, plus what the
 // products round by, relative to the norm of the result: in fp32 sums of C + K terms,
 // 2^-24 sqrt(C + K); 16-bit inputs are multiplied in TF32, whose operands (of which up to eight lie
-// between inputs and gradients) are rounded to 2^-12; the Hopper forward rounds its operands to the
-// inputs' dtype, as its own test says, and q and k once more to normalise them.
+// between inputs and gradients) are rounded to 2^-12; the Hopper kernels round their operands to
+// the inputs' dtype, 8 times on the way forward and 8 on the way back, as their own tests say, and
+// q, k and their gradients once more to normalise them.
 #include <cmath>
 #include <map>
 #include <random>
@@ -63,7 +64,8 @@ void expect_cuda_matches(GatedDeltaRuleOp op, const GatedDeltaRuleTensors& x,
     const at::Tensor& result = got.at(name);
     ASSERT_TRUE(result.isfinite().all().item<bool>()) << name << " is not finite";
     double units = unit_roundoff(result.scalar_type()) + products;
-    if (hopper) units += 10 * unit_roundoff(dtype);
+    const bool forward = name == "o" || name == "final_state";
+    if (hopper) units += (forward ? 10 : 18) * unit_roundoff(dtype);
     const double norm = want.norm().item<double>();
     const double error = distance(result, want);
     EXPECT_LE(error, 2 * distance(on_cpu.at(name), want) + units * norm)
@@ -72,7 +74,7 @@ void expect_cuda_matches(GatedDeltaRuleOp op, const GatedDeltaRuleTensors& x,
   }
 }
 
-/// With chunk_size 32 the portable forward serves every size; 64 leaves heads of 128 to Hopper's.
+/// With chunk_size 32 the portable kernels serve every size; 64 leaves heads of 128 to Hopper's.
 GatedDeltaRuleOptions options_for(int64_t chunk_size, bool qk_l2norm, bool v_first = false) {
   GatedDeltaRuleOptions options;
   options.chunk_size = chunk_size;
@@ -157,7 +159,7 @@ TEST(CudaGatedDeltaRuleSizes, HeadSizesToTheLargest) {
   }
 }
 
-TEST(CudaGatedDeltaRuleSizes, HopperForwardWithAndWithoutTheL2Norm) {
+TEST(CudaGatedDeltaRuleSizes, HopperWithAndWithoutTheL2Norm) {
   for (const bool qk_l2norm : {false, true}) {
     for (const auto dtype : {at::kBFloat16, at::kHalf}) {
       const GatedDeltaRuleShape shape = {

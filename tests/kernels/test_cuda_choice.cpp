@@ -78,14 +78,32 @@ TEST(CudaChoice, NormalisesForTheHopperKernel) {
   EXPECT_FALSE(choose_forward(p, false, kAmpere).normalise_first);  // it does so itself
 }
 
-TEST(CudaChoice, TheRecurrentFormAndTheBackwardHaveOneKernel) {
+TEST(CudaChoice, TheRecurrentFormHasOneKernel) {
   for (const ComputeCapability capability : {kTuring, kAmpere, kHopper, kBlackwell}) {
     EXPECT_EQ(choose_forward(hopper_request(), /*recurrent=*/true, capability).kernel,
               Kernel::recurrent_forward);
-    GatedDeltaRuleBackward p;
-    p.K = p.V = 96;
-    EXPECT_EQ(choose_backward(p, capability).kernel, Kernel::backward);
   }
+}
+
+TEST(CudaChoice, TheBackwardGoesWhereTheForwardGoes) {
+  GatedDeltaRuleBackward p;
+  static_cast<GatedDeltaRuleProblem&>(p) = hopper_request();
+  alignas(16) static char aligned[16];
+  p.d_o = p.v;
+  p.d_v = {aligned, p.v.stride_b, p.v.stride_t, p.v.stride_h};
+  p.d_q = p.d_k = {aligned, p.q.stride_b, p.q.stride_t, p.q.stride_h};
+  EXPECT_EQ(choose_backward(p, kHopper).kernel, Kernel::sm90_backward);
+  EXPECT_FALSE(choose_backward(p, kHopper).normalise_first);
+  p.qk_l2norm = true;
+  EXPECT_TRUE(choose_backward(p, kHopper).normalise_first);
+  for (const ComputeCapability other : {kTuring, kAmpere, kBlackwell}) {
+    EXPECT_EQ(choose_backward(p, other).kernel, Kernel::backward);
+    EXPECT_FALSE(choose_backward(p, other).normalise_first);
+  }
+  p.d_o.stride_t = 1028;
+  const auto choice = choose_backward(p, kHopper);
+  EXPECT_EQ(choice.kernel, Kernel::backward);
+  EXPECT_NE(choice.reason.find("d_o, d_q, d_k, d_v"), std::string::npos) << choice.reason;
 }
 
 TEST(CudaChoice, RefusesWhatNoKernelServes) {

@@ -13,7 +13,14 @@ struct ComputeCapability {
   int major = 0, minor = 0;
 };
 
-enum class GatedDeltaRuleKernel { none, sm90_forward, chunk_forward, recurrent_forward, backward };
+enum class GatedDeltaRuleKernel {
+  none,
+  sm90_forward,
+  chunk_forward,
+  recurrent_forward,
+  sm90_backward,
+  backward
+};
 
 struct GatedDeltaRuleChoice {
   GatedDeltaRuleKernel kernel = GatedDeltaRuleKernel::none;

@@ -8,7 +8,7 @@ namespace gdn::kernels::cuda {
 
 void norm(const NormForward& p, Stream stream);
 
-/// Every gradient is written, none is read.
+/// Every gradient is written, none is read; d_x may be the memory of d_y.
 void norm_backward(const NormBackward& p, void* scratch, Stream stream);
 int64_t norm_backward_scratch(const NormBackward& p);
 

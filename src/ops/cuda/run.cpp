@@ -1,4 +1,5 @@
 #include <cuda_runtime_api.h>
+#include <optional>
 #include <string_view>
 
 #include <ATen/ATen.h>
@@ -12,6 +13,7 @@
 #include <gdn/kernels/cuda/norm.h>
 #include <gdn/kernels/cuda/short_convolution.h>
 #include <gdn/kernels/cuda/swiglu.h>
+#include <gdn/ops/cuda/normalised_keys.h>
 #include <gdn/ops/cuda/run.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
 
@@ -59,34 +61,6 @@ void accept(const kernel::GatedDeltaRuleChoice& choice) {
   TORCH_CHECK_VALUE(choice.kernel != kernel::GatedDeltaRuleKernel::none, kGatedDeltaRule,
                     ": no CUDA kernel serves this request: ", choice.reason);
   log_choice(choice.name, choice.reason);
-}
-
-/// q or k, L2-normalised, as a contiguous copy.
-at::Tensor normalised(const kernels::GatedDeltaRuleForward& p, const kernels::ConstView4& x,
-                      c10::Device device, kernel::Stream stream) {
-  const auto dtype = p.dtype == kernels::DType::bf16 ? at::kBFloat16 : at::kHalf;
-  at::Tensor y = at::empty({p.B, p.T, p.H, p.K}, at::TensorOptions().dtype(dtype).device(device));
-  kernels::NormForward norm;
-  norm.D = p.K;
-  norm.kind = kernels::NormKind::l2;
-  norm.eps = 1e-6;
-  norm.dtype = p.dtype;
-  // Rows of one stride: all of them where heads and tokens follow one another, else head by head.
-  const bool tokens_follow = x.stride_t == p.H * x.stride_h;
-  const bool all_follow = tokens_follow && (p.B == 1 || x.stride_b == p.T * x.stride_t);
-  const int64_t batches = all_follow ? 1 : p.B, heads = tokens_follow ? 1 : p.H;
-  norm.M = p.B * p.T * p.H / (batches * heads);
-  constexpr int64_t kBytes = 2;
-  for (int64_t b = 0; b < batches; ++b) {
-    for (int64_t h = 0; h < heads; ++h) {
-      norm.x = {static_cast<const char*>(x.data) + kBytes * (b * x.stride_b + h * x.stride_h),
-                tokens_follow ? x.stride_h : x.stride_t};
-      norm.y = {static_cast<char*>(y.mutable_data_ptr()) + kBytes * (b * p.T * p.H + h) * p.K,
-                tokens_follow ? p.K : p.H * p.K};
-      kernel::norm(norm, stream);
-    }
-  }
-  return y;
 }
 
 }  // namespace
@@ -155,22 +129,32 @@ void run(const kernels::GatedDeltaRuleForward& p, bool recurrent, int64_t longes
     return kernel::chunk_gated_delta_rule(p, longest, scratch, place.stream());
   }
   kernels::GatedDeltaRuleForward normed = p;
-  at::Tensor q, k;
+  std::optional<NormalisedKeys> keys;
   if (choice.normalise_first) {
-    q = normalised(p, p.q, device, place.stream());
-    k = normalised(p, p.k, device, place.stream());
-    normed.qk_l2norm = false;
-    normed.q = {q.const_data_ptr(), q.stride(0), q.stride(1), q.stride(2)};
-    normed.k = {k.const_data_ptr(), k.stride(0), k.stride(1), k.stride(2)};
+    keys.emplace(p, device, place.stream());
+    keys->replace(normed);
   }
   kernel::gated_delta_rule_forward_sm90(normed, place.stream());
 }
 
 void run(const kernels::GatedDeltaRuleBackward& p, int64_t longest, c10::Device device) {
   Place place(kGatedDeltaRule, p.dtype, device);
-  accept(kernel::choose_backward(p, place.capability()));
-  void* scratch = place.scratch(kernel::chunk_gated_delta_rule_backward_scratch(p, longest));
-  kernel::chunk_gated_delta_rule_backward(p, longest, scratch, place.stream());
+  const auto choice = kernel::choose_backward(p, place.capability());
+  accept(choice);
+  if (choice.kernel == kernel::GatedDeltaRuleKernel::backward) {
+    void* scratch = place.scratch(kernel::chunk_gated_delta_rule_backward_scratch(p, longest));
+    return kernel::chunk_gated_delta_rule_backward(p, longest, scratch, place.stream());
+  }
+  kernels::GatedDeltaRuleBackward normed = p;
+  std::optional<NormalisedKeys> keys;
+  if (choice.normalise_first) {
+    keys.emplace(p, device, place.stream());
+    keys->replace(normed);
+  }
+  void* scratch =
+      place.scratch(static_cast<int64_t>(kernel::gated_delta_rule_backward_sm90_scratch(normed)));
+  kernel::gated_delta_rule_backward_sm90(normed, scratch, place.stream());
+  if (choice.normalise_first) through_key_norm(p, place.stream());
 }
 
 }  // namespace gdn::cuda
