@@ -78,7 +78,7 @@ AttentionImpl::AttentionImpl(const AttentionOptions& options)
 
 void AttentionImpl::reset() {
   const auto linear = [](int64_t in, int64_t out, bool bias) {
-    return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
+    return Linear(LinearOptions{.in_features = in, .out_features = out, .bias = bias});
   };
   const int64_t D = options.hidden_size, kv_dim = kv_heads_ * head_dim_;
   q_proj = register_module("q_proj", linear(D, D, options.qkv_bias));

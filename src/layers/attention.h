@@ -7,6 +7,7 @@
 #include <torch/nn.h>
 
 #include <gdn/layers/mixer_input.h>
+#include <gdn/modules/linear.h>
 #include <gdn/modules/norm.h>
 #include <gdn/modules/rotary.h>
 
@@ -31,7 +32,7 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   at::Tensor forward(const MixerInput& input);  // [B, T, hidden_size]
 
   AttentionOptions options;
-  torch::nn::Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, o_proj{nullptr};
+  Linear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, o_proj{nullptr};
   RMSNorm q_norm{nullptr}, k_norm{nullptr};
 
  private:

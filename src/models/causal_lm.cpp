@@ -51,17 +51,37 @@ void check_input(const CausalLMInput& input, const GatedDeltaNetConfig& config) 
 
 }  // namespace
 
-GatedDeltaNetForCausalLMImpl::GatedDeltaNetForCausalLMImpl(const GatedDeltaNetConfig& config)
+GatedDeltaNetForCausalLMImpl::GatedDeltaNetForCausalLMImpl(const GatedDeltaNetConfig& config,
+                                                           c10::Device device, bool initialize)
     : config_(config) {
   config.validate();
-  model_ = register_module("model", std::make_shared<GatedDeltaNetModelImpl>(config));
-  if (!config.tie_word_embeddings) {
-    lm_head_ = register_module(
-        "lm_head",
-        torch::nn::Linear(
-            torch::nn::LinearOptions(config.hidden_size, config.vocab_size).bias(false)));
+  make_modules();
+  move_modules(device);
+  if (initialize) init_weights();
+}
+
+void GatedDeltaNetForCausalLMImpl::make_modules() {
+  const SkipInitialization skip;
+  model_ = register_module("model", std::make_shared<GatedDeltaNetModelImpl>(config_));
+  if (!config_.tie_word_embeddings) {
+    lm_head_ =
+        register_module("lm_head", Linear(LinearOptions{.in_features = config_.hidden_size,
+                                                        .out_features = config_.vocab_size}));
   }
-  init_weights();
+}
+
+void GatedDeltaNetForCausalLMImpl::move_modules(c10::Device device) {
+  const torch::NoGradGuard no_grad;
+  if (device.is_cpu()) return;
+  for (const auto& module : modules(/*include_self=*/false)) {
+    const bool has_values =
+        module->as<Linear>() == nullptr && module->as<torch::nn::Embedding>() == nullptr;
+    for (at::Tensor& parameter : module->parameters(/*recurse=*/false)) {
+      parameter.set_data(has_values
+                             ? parameter.to(device)
+                             : at::empty(parameter.sizes(), parameter.options().device(device)));
+    }
+  }
 }
 
 void GatedDeltaNetForCausalLMImpl::init_weights() {
@@ -69,7 +89,7 @@ void GatedDeltaNetForCausalLMImpl::init_weights() {
   const double deviation = config_.initializer_range;
   for (const auto& module :
        modules(/*include_self=*/false)) {  // norms and gates have their values already
-    if (auto* linear = module->as<torch::nn::Linear>()) {
+    if (auto* linear = module->as<Linear>()) {
       linear->weight.normal_(0.0, deviation);
       if (linear->bias.defined()) linear->bias.zero_();
     } else if (auto* embedding = module->as<torch::nn::Embedding>()) {

@@ -8,6 +8,7 @@
 
 #include <gdn/models/cache.h>
 #include <gdn/models/config.h>
+#include <gdn/modules/linear.h>
 
 namespace gdn {
 
@@ -39,7 +40,10 @@ class GatedDeltaNetModelImpl;
 /// State-dict keys model.* and lm_head.weight (absent when tied).
 class GatedDeltaNetForCausalLMImpl : public torch::nn::Module {
  public:
-  explicit GatedDeltaNetForCausalLMImpl(const GatedDeltaNetConfig& config);
+  /// Random weights are drawn on `device`, from its default generator; with `initialize` false
+  /// they are left without values, for a caller that loads them.
+  explicit GatedDeltaNetForCausalLMImpl(const GatedDeltaNetConfig& config,
+                                        c10::Device device = c10::kCPU, bool initialize = true);
 
   CausalLMOutput forward(const CausalLMInput& input);
 
@@ -51,11 +55,13 @@ class GatedDeltaNetForCausalLMImpl : public torch::nn::Module {
   int64_t parameter_count() const;
 
  private:
+  void make_modules();
+  void move_modules(c10::Device device);
   void init_weights();
 
   GatedDeltaNetConfig config_;
   std::shared_ptr<GatedDeltaNetModelImpl> model_;
-  torch::nn::Linear lm_head_{nullptr};
+  Linear lm_head_{nullptr};
 };
 TORCH_MODULE(GatedDeltaNetForCausalLM);
 

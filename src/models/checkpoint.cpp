@@ -123,7 +123,7 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
   std::map<std::string, StoredTensor> weights = read_weights(folder, listed);
   if (config.tie_word_embeddings) weights.erase(kHeadKey);  // some writers repeat the embeddings
 
-  GatedDeltaNetForCausalLM model(config);
+  GatedDeltaNetForCausalLM model(config, c10::kCPU, /*initialize=*/false);
   for (auto& named : model->named_parameters()) {
     const std::string& key = named.key();
     const auto found = weights.find(key);

@@ -5,6 +5,8 @@
 
 #include <torch/nn.h>
 
+#include <gdn/modules/linear.h>
+
 namespace gdn {
 
 struct GatedMLPOptions {
@@ -21,7 +23,7 @@ class GatedMLPImpl : public torch::nn::Cloneable<GatedMLPImpl> {
   at::Tensor forward(const at::Tensor& x);  // [..., hidden_size]
 
   GatedMLPOptions options;
-  torch::nn::Linear gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
+  Linear gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
 };
 TORCH_MODULE(GatedMLP);
 
