@@ -4,6 +4,7 @@
 
 #include <gdn/layers/gated_deltanet.h>
 #include <gdn/layers/packing.h>
+#include <gdn/layers/recompute.h>
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
 
@@ -14,8 +15,8 @@ constexpr const char* kName = "GatedDeltaNet";
 /// Up to here the recurrent form is the faster one for inference.
 constexpr int64_t kRecurrentTokens = 64;
 
-torch::nn::Linear linear(int64_t in, int64_t out) {
-  return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false));
+Linear linear(int64_t in, int64_t out) {
+  return Linear(LinearOptions{.in_features = in, .out_features = out});
 }
 
 void check_options(const GatedDeltaNetOptions& options, int64_t HV, double V) {
@@ -100,30 +101,61 @@ at::Tensor GatedDeltaNetImpl::mix(const at::Tensor& hidden_states,
     check_shape(kName, "cache.recurrent_state", cache->recurrent_state,
                 {N, value_heads_, options.head_dim, head_v_dim_}, "[N, HV, K, V]");
   }
+  const bool recompute = cache == nullptr && options.recompute.value_or(!hidden_states.is_cpu());
+  std::vector<at::Tensor> projections = {q_proj(hidden_states), k_proj(hidden_states),
+                                         v_proj(hidden_states), a_proj(hidden_states),
+                                         b_proj(hidden_states)};
+  if (options.use_gate) projections.push_back(g_proj(hidden_states));
+  if (!recompute) return o_proj(mix_projections(projections, cu_seqlens, cache));
+  const auto self = std::static_pointer_cast<GatedDeltaNetImpl>(shared_from_this());
+  return o_proj(recompute_in_backward(
+      [self, cu_seqlens](const std::vector<at::Tensor>& inputs) {
+        return self->mix_projections(inputs, cu_seqlens, /*cache=*/nullptr);
+      },
+      projections, mixing_parameters()));
+}
+
+/// From the projections of q, k, v, a, b and, with a gate, g to what o_proj takes.
+at::Tensor GatedDeltaNetImpl::mix_projections(const std::vector<at::Tensor>& projections,
+                                              const std::optional<at::Tensor>& cu_seqlens,
+                                              LayerCache* cache) {
   const auto convolve = [&](ShortConvolution& convolution, const at::Tensor& x,
                             at::Tensor LayerCache::*state) {
     if (!options.use_short_conv) return at::silu(x);
     return convolution(x, cu_seqlens, cache != nullptr ? &(cache->*state) : nullptr);
   };
   const int64_t K = options.head_dim;
-  const at::Tensor q = convolve(q_conv1d, q_proj(hidden_states), &LayerCache::conv_q)
-                           .unflatten(-1, {-1, K});  // [B, T, H, K]
+  const at::Tensor q =
+      convolve(q_conv1d, projections[0], &LayerCache::conv_q).unflatten(-1, {-1, K});  // [B,T,H,K]
   const at::Tensor k =
-      convolve(k_conv1d, k_proj(hidden_states), &LayerCache::conv_k).unflatten(-1, {-1, K});
-  const at::Tensor v = convolve(v_conv1d, v_proj(hidden_states), &LayerCache::conv_v)
+      convolve(k_conv1d, projections[1], &LayerCache::conv_k).unflatten(-1, {-1, K});
+  const at::Tensor v = convolve(v_conv1d, projections[2], &LayerCache::conv_v)
                            .unflatten(-1, {-1, head_v_dim_});  // [B, T, HV, V]
-  const at::Tensor o = gated_delta_rule(q, k, v, hidden_states, cu_seqlens, cache);
-  const at::Tensor normed =
-      options.use_gate ? gated_norm_(o, g_proj(hidden_states).unflatten(-1, {-1, head_v_dim_}))
-                       : plain_norm_(o);
-  return o_proj(normed.flatten(-2));
+  const at::Tensor o = gated_delta_rule(q, k, v, projections[3], projections[4], cu_seqlens, cache);
+  const at::Tensor normed = options.use_gate
+                                ? gated_norm_(o, projections[5].unflatten(-1, {-1, head_v_dim_}))
+                                : plain_norm_(o);
+  return normed.flatten(-2);
+}
+
+/// What mix_projections uses.
+std::vector<at::Tensor> GatedDeltaNetImpl::mixing_parameters() const {
+  std::vector<at::Tensor> used = {A_log, dt_bias};
+  const auto add = [&](const torch::nn::Module& module) {
+    for (const at::Tensor& parameter : module.parameters()) used.push_back(parameter);
+  };
+  if (options.use_short_conv) {
+    for (const auto* convolution : {&q_conv1d, &k_conv1d, &v_conv1d}) add(**convolution);
+  }
+  options.use_gate ? add(*gated_norm_) : add(*plain_norm_);
+  return used;
 }
 
 at::Tensor GatedDeltaNetImpl::gated_delta_rule(const at::Tensor& q, const at::Tensor& k,
-                                               const at::Tensor& v, const at::Tensor& hidden_states,
+                                               const at::Tensor& v, const at::Tensor& a,
+                                               const at::Tensor& b,
                                                const std::optional<at::Tensor>& cu_seqlens,
                                                LayerCache* cache) {
-  const at::Tensor a = a_proj(hidden_states), b = b_proj(hidden_states);  // [B, T, HV]
   GatedDeltaRuleOptions rule{.use_qk_l2norm_in_kernel = true,
                              .use_beta_sigmoid_in_kernel = true,
                              .allow_neg_eigval = options.allow_neg_eigval,

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -37,19 +38,24 @@ class AutocastScope {
   at::ScalarType dtype_;
 };
 
+/// Set while a backward runs a function again: what that would recompute in its turn, it keeps.
+thread_local bool recomputing = false;
+
 struct Recomputation : torch::CustomClassHolder {
-  Recomputation(std::function<at::Tensor(const at::Tensor&)> function, c10::DeviceType device)
+  Recomputation(RecomputedFunction function, size_t inputs, c10::DeviceType device)
       : function(std::move(function)),
+        inputs(inputs),
         device(device),
         autocast(at::autocast::is_autocast_enabled(device)),
         dtype(at::autocast::get_autocast_dtype(device)) {}
 
-  at::Tensor run(const at::Tensor& x) const {
+  at::Tensor run(const std::vector<at::Tensor>& tensors) const {
     const AutocastScope scope(device, autocast, dtype);
-    return function(x);
+    return function(tensors);
   }
 
-  std::function<at::Tensor(const at::Tensor&)> function;
+  RecomputedFunction function;
+  size_t inputs;
   c10::DeviceType device;
   bool autocast;
   at::ScalarType dtype;
@@ -59,12 +65,10 @@ class Recompute : public torch::autograd::Function<Recompute> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context,
                             const c10::intrusive_ptr<Recomputation>& recomputation,
-                            const at::Tensor& x, at::TensorList parameters) {
-    std::vector<at::Tensor> saved{x};
-    saved.insert(saved.end(), parameters.begin(), parameters.end());
-    context->save_for_backward(std::move(saved));
+                            at::TensorList inputs_and_parameters) {
+    context->save_for_backward(inputs_and_parameters.vec());
     context->saved_data["recomputation"] = at::IValue::make_capsule(recomputation);
-    return recomputation->run(x);
+    return recomputation->run(inputs_and_parameters.slice(0, recomputation->inputs).vec());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -73,13 +77,19 @@ class Recompute : public torch::autograd::Function<Recompute> {
                 "recompute_in_backward: create_graph must be false, got true: activation "
                 "checkpointing has no second derivative");
     std::vector<at::Tensor> saved = context->get_saved_variables();
-    saved[0] = saved[0].detach().requires_grad_(saved[0].requires_grad());
     const auto recomputation = c10::static_intrusive_pointer_cast<Recomputation>(
         context->saved_data["recomputation"].toCapsule());
+    std::vector<at::Tensor> arguments;
+    for (size_t i = 0; i < recomputation->inputs; ++i) {
+      saved[i] = saved[i].detach().requires_grad_(saved[i].requires_grad());
+      arguments.push_back(saved[i]);
+    }
     at::Tensor y;
     {
       const at::AutoGradMode with_gradients(true);
-      y = recomputation->run(saved[0]);
+      recomputing = true;
+      const auto done = c10::make_scope_exit([] { recomputing = false; });
+      y = recomputation->run(arguments);
     }
     std::vector<at::Tensor> inputs;
     for (const at::Tensor& tensor : saved) {
@@ -97,12 +107,14 @@ class Recompute : public torch::autograd::Function<Recompute> {
 
 }  // namespace
 
-at::Tensor recompute_in_backward(std::function<at::Tensor(const at::Tensor&)> function,
-                                 const at::Tensor& x, const std::vector<at::Tensor>& parameters) {
-  if (!at::GradMode::is_enabled()) return function(x);
-  const auto recomputation =
-      c10::make_intrusive<Recomputation>(std::move(function), x.device().type());
-  return Recompute::apply(recomputation, x, at::TensorList(parameters));
+at::Tensor recompute_in_backward(RecomputedFunction function, const std::vector<at::Tensor>& inputs,
+                                 const std::vector<at::Tensor>& parameters) {
+  if (!at::GradMode::is_enabled() || recomputing) return function(inputs);
+  const auto recomputation = c10::make_intrusive<Recomputation>(std::move(function), inputs.size(),
+                                                                inputs.front().device().type());
+  std::vector<at::Tensor> all = inputs;
+  all.insert(all.end(), parameters.begin(), parameters.end());
+  return Recompute::apply(recomputation, at::TensorList(all));
 }
 
 }  // namespace gdn

@@ -8,9 +8,12 @@
 
 namespace gdn {
 
-/// function(x), keeping only x: the backward runs `function` again, under the same autocast state.
-/// `parameters` are the leaves that `function` uses; it must draw no random numbers.
-at::Tensor recompute_in_backward(std::function<at::Tensor(const at::Tensor&)> function,
-                                 const at::Tensor& x, const std::vector<at::Tensor>& parameters);
+using RecomputedFunction = std::function<at::Tensor(const std::vector<at::Tensor>& inputs)>;
+
+/// function(inputs), keeping only the inputs (one or more): the backward runs `function` again,
+/// under the same autocast state. `parameters` are the leaves that `function` uses; it must draw no
+/// random numbers.
+at::Tensor recompute_in_backward(RecomputedFunction function, const std::vector<at::Tensor>& inputs,
+                                 const std::vector<at::Tensor>& parameters);
 
 }  // namespace gdn

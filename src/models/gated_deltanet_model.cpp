@@ -45,8 +45,11 @@ at::Tensor GatedDeltaNetBlockImpl::forward(const MixerInput& input) {
 }
 
 GatedDeltaNetModelImpl::GatedDeltaNetModelImpl(const GatedDeltaNetConfig& config) {
-  embeddings_ =
-      register_module("embeddings", torch::nn::Embedding(config.vocab_size, config.hidden_size));
+  // The weight is given, so that torch draws no values for it.
+  embeddings_ = register_module(
+      "embeddings",
+      torch::nn::Embedding(torch::nn::EmbeddingOptions(config.vocab_size, config.hidden_size)
+                               ._weight(torch::empty({config.vocab_size, config.hidden_size}))));
   layers_ = register_module("layers", torch::nn::ModuleList());
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
     layers_->push_back(GatedDeltaNetBlock(config, layer));
@@ -62,13 +65,13 @@ at::Tensor GatedDeltaNetModelImpl::forward(const at::Tensor& input_ids,
   at::Tensor hidden_states = embeddings_(input_ids);  // [B, T, hidden_size]
   for (size_t i = 0; i < layers_->size(); ++i) {
     const auto layer = layers_->ptr<GatedDeltaNetBlockImpl>(i);
-    const auto run = [layer, cu_seqlens,
-                      cache = caches != nullptr ? &(*caches)[i] : nullptr](const at::Tensor& x) {
-      return layer->forward({.hidden_states = x, .cu_seqlens = cu_seqlens, .cache = cache});
+    const auto run = [layer, cu_seqlens, cache = caches != nullptr ? &(*caches)[i] : nullptr](
+                         const std::vector<at::Tensor>& x) {
+      return layer->forward({.hidden_states = x[0], .cu_seqlens = cu_seqlens, .cache = cache});
     };
     const bool recompute = checkpointing_ && caches == nullptr;
-    hidden_states = recompute ? recompute_in_backward(run, hidden_states, layer->parameters())
-                              : run(hidden_states);
+    hidden_states = recompute ? recompute_in_backward(run, {hidden_states}, layer->parameters())
+                              : run({hidden_states});
   }
   return norm_(hidden_states);
 }

@@ -10,7 +10,7 @@ GatedMLPImpl::GatedMLPImpl(const GatedMLPOptions& options) : options(options) { 
 
 void GatedMLPImpl::reset() {
   const auto linear = [](int64_t in, int64_t out) {
-    return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false));
+    return Linear(LinearOptions{.in_features = in, .out_features = out});
   };
   gate_proj = register_module("gate_proj", linear(options.hidden_size, options.intermediate_size));
   up_proj = register_module("up_proj", linear(options.hidden_size, options.intermediate_size));
@@ -20,7 +20,8 @@ void GatedMLPImpl::reset() {
 at::Tensor GatedMLPImpl::forward(const at::Tensor& x) {
   const at::Tensor input = cast_for_autocast(x);
   const at::Tensor gate = gate_proj(input), up = up_proj(input);
-  return down_proj(options.fuse_swiglu ? swiglu(gate, up) : at::silu(gate) * up);
+  if (options.fuse_swiglu) return swiglu_linear(gate, up, down_proj->weight);
+  return down_proj(at::silu(gate) * up);
 }
 
 }  // namespace gdn

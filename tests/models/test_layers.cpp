@@ -173,6 +173,35 @@ INSTANTIATE_TEST_SUITE_P(
                       Variant{.name = "recurrent", .mode = "fused_recurrent"}),
     [](const auto& info) { return info.param.name; });
 
+TEST(GatedDeltaNetLayer, RecomputesTheSameBits) {
+  const auto results = [](bool recompute, bool gate) {
+    torch::manual_seed(3);
+    GatedDeltaNet layer(GatedDeltaNetOptions{.hidden_size = 24,
+                                             .expand_v = 1.5,
+                                             .head_dim = 8,
+                                             .num_heads = 2,
+                                             .num_v_heads = 4,
+                                             .use_gate = gate,
+                                             .conv_bias = true,
+                                             .recompute = recompute});
+    const at::Tensor x = torch::randn({1, 70, 24}).requires_grad_();
+    const at::Tensor output =
+        layer->forward({.hidden_states = x, .cu_seqlens = torch::tensor({0, 30, 70})});
+    output.square().sum().backward();
+    std::vector<at::Tensor> found = {output, x.grad()};
+    for (const at::Tensor& parameter : layer->parameters()) found.push_back(parameter.grad());
+    return found;
+  };
+  for (const bool gate : {true, false}) {
+    const auto got = results(true, gate), want = results(false, gate);
+    ASSERT_EQ(got.size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      ASSERT_TRUE(got[i].defined()) << i;
+      EXPECT_TRUE(torch::equal(got[i], want[i])) << i;
+    }
+  }
+}
+
 TEST(GatedDeltaNetLayer, DecodingUpdatesItsStateInPlace) {
   const torch::NoGradGuard no_grad;
   GatedDeltaNet layer(tiny_options());
@@ -227,7 +256,7 @@ at::Tensor plain_attention(AttentionImpl& layer, const at::Tensor& x, int64_t wi
   const int64_t T = x.size(0), D = layer.options.hidden_size / layer.options.num_heads;
   const int64_t groups =
       layer.options.num_heads / layer.options.num_kv_heads.value_or(layer.options.num_heads);
-  const auto project = [&](torch::nn::Linear& linear, RMSNorm* norm) {
+  const auto project = [&](Linear& linear, RMSNorm* norm) {
     at::Tensor heads = linear(x).view({T, -1, D});
     if (norm != nullptr && !norm->is_empty()) heads = (*norm)(heads);
     return heads;

@@ -65,6 +65,34 @@ TEST_F(Swiglu, MetaKernelsKnowTheShapes) {
   expect_meta_agrees(kSwiglu, {torch::randn({2, 8}), torch::randn({2, 8})});
 }
 
+TEST_F(Swiglu, LinearEqualsItsPartsInEveryBit) {
+  const Tensors in = {torch::randn({3, 4, 10}), torch::randn({3, 4, 10}), torch::randn({6, 10})};
+  const auto fused = [](const Tensors& t) { return swiglu_linear(t[0], t[1], t[2]); };
+  const auto parts = [](const Tensors& t) { return at::linear(swiglu(t[0], t[1]), t[2]); };
+  const Tensors got = output_and_gradients(fused, in), want = output_and_gradients(parts, in);
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_TRUE(torch::equal(got[i], want[i])) << i;
+  expect_meta_agrees(fused, in);
+  const AutocastBf16 autocast;
+  EXPECT_TRUE(torch::equal(
+      fused(in), at::linear(swiglu(in[0].to(at::kBFloat16), in[1].to(at::kBFloat16)), in[2])));
+}
+
+TEST_F(Swiglu, LinearGradientsMatchFiniteDifferences) {
+  expect_gradients([](const Tensors& t) { return swiglu_linear(t[0], t[1], t[2]); },
+                   {torch::randn({2, 5}, at::kDouble), torch::randn({2, 5}, at::kDouble),
+                    torch::randn({3, 5}, at::kDouble)},
+                   "swiglu_linear");
+}
+
+TEST_F(Swiglu, LinearRejectsAWeightThatDoesNotFit) {
+  const at::Tensor gate = torch::randn({2, 8});
+  expect_rejected(
+      [&] {
+        swiglu_linear(gate, gate, torch::randn({3, 7}));
+      },
+      "swiglu_linear: weight", "[3, 7]");
+}
+
 TEST_F(Gate, MatchesPlainTorchInFp32) {
   const Tensors in = {torch::randn({2, 30, 6}), torch::randn({6}), torch::randn({6})};
   Tensors exact;

@@ -273,3 +273,26 @@ def test_rotation_by_far_positions():
     rotary, far = RotaryEmbedding(8), 10_000_001
     angles = rotary.angles(torch.tensor([[far, far + 1, 1]]))[0]
     torch.testing.assert_close(angles[1] - angles[0], angles[2], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_recomputing_keeps_less_and_gives_the_same_bits(options):
+    def results(recompute):
+        torch.manual_seed(0)
+        layer = gated(**options).train()
+        layer.recompute = recompute
+        x = torch.randn(2, 30, 32, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (kept.append(tensor.nbytes), tensor)[1], lambda tensor: tensor
+        ):
+            output = layer(x)[0]
+        bytes_kept = sum(kept)
+        output.square().sum().backward()
+        return bytes_kept, [output, x.grad, *(p.grad for p in layer.parameters())]
+
+    kept, recomputed = results(True)
+    kept_before, plain = results(False)
+    assert kept < 0.8 * kept_before
+    for got, want in zip(recomputed, plain, strict=True):
+        assert torch.equal(got, want)

@@ -113,6 +113,11 @@ def other_cases():
             {},
         ),
         "swiglu": (gdn.swiglu, (x, torch.randn_like(x, requires_grad=True)), {}),
+        "swiglu linear": (
+            gdn.swiglu_linear,
+            (x, torch.randn_like(x, requires_grad=True), torch.randn(5, x.shape[-1])),
+            {},
+        ),
         "swiglu backward": (gdn.swiglu_backward, tuple(torch.randn(3, 4, 6)), {}),
         "cross_entropy": (gdn.cross_entropy, (logits, target), {}),
         "cross_entropy rows": (gdn.cross_entropy_rows, (logits, target, -100), {}),

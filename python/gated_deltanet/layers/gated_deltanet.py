@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gated_deltanet.layers.cache import LayerCache, check_cached, layer_cache
 from gated_deltanet.layers.mixer import mix_packed, refuse_attentions
@@ -48,6 +49,11 @@ class GatedDeltaNet(nn.Module):
         layer_idx: this layer's place in a model's cache.
         norm_eps: of o_norm.
 
+    Attributes:
+        recompute: in training without a cache, keep the projections alone and compute what lies
+            between them and o_proj again in the backward. None, as at first: on GPUs, and where
+            torch.compile does not decide what to keep.
+
     Raises:
         ValueError: naming the argument, what was expected and what came.
 
@@ -87,6 +93,7 @@ class GatedDeltaNet(nn.Module):
         self.use_short_conv = use_short_conv
         self.allow_neg_eigval = allow_neg_eigval
         self.layer_idx = layer_idx
+        self.recompute: bool | None = None
         self._check_options(conv_size)
         self.head_v_dim = round(head_dim * expand_v)
         key_dim, value_dim = num_heads * head_dim, self.num_v_heads * self.head_v_dim
@@ -202,23 +209,51 @@ class GatedDeltaNet(nn.Module):
             N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
             sizes = (N, self.num_v_heads, self.head_k_dim, self.head_v_dim)
             check_cached(type(self).__name__, "recurrent_state", cache.recurrent_state, sizes)
-        q = self._convolve("q", self.q_proj(x), cu_seqlens, cache)
-        k = self._convolve("k", self.k_proj(x), cu_seqlens, cache)
-        v = self._convolve("v", self.v_proj(x), cu_seqlens, cache)
-        o = self._gated_delta_rule(
-            q.unflatten(-1, (-1, self.head_k_dim)),
-            k.unflatten(-1, (-1, self.head_k_dim)),
-            v.unflatten(-1, (-1, self.head_v_dim)),
-            self.a_proj(x),
-            self.b_proj(x),
-            cu_seqlens,
-            cache,
-        )
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj]
         if self.use_gate:
-            o = self.o_norm(o, self.g_proj(x).unflatten(-1, (-1, self.head_v_dim)))
+            projections.append(self.g_proj)
+        projected = [projection(x) for projection in projections]
+        if self._recomputes(x, cache):
+            mixed = checkpoint(
+                self._mix_projections,
+                cu_seqlens,
+                cache,
+                *projected,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            mixed = self._mix_projections(cu_seqlens, cache, *projected)
+        return self.o_proj(mixed)
+
+    def _recomputes(self, x: Tensor, cache: LayerCache | None) -> bool:
+        if cache is not None or not torch.is_grad_enabled():
+            return False
+        if self.recompute is None:
+            return x.is_cuda and not torch.compiler.is_compiling()
+        return self.recompute
+
+    def _mix_projections(
+        self,
+        cu_seqlens: Tensor | None,
+        cache: LayerCache | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        g: Tensor | None = None,
+    ) -> Tensor:
+        """From the projections [B, T, ...] to what o_proj takes, [B, T, HV V]."""
+        q = self._convolve("q", q, cu_seqlens, cache).unflatten(-1, (-1, self.head_k_dim))
+        k = self._convolve("k", k, cu_seqlens, cache).unflatten(-1, (-1, self.head_k_dim))
+        v = self._convolve("v", v, cu_seqlens, cache).unflatten(-1, (-1, self.head_v_dim))
+        o = self._gated_delta_rule(q, k, v, a, b, cu_seqlens, cache)
+        if self.use_gate:
+            o = self.o_norm(o, g.unflatten(-1, (-1, self.head_v_dim)))
         else:
             o = self.o_norm(o)
-        return self.o_proj(o.flatten(-2))
+        return o.flatten(-2)
 
     def _convolve(
         self, name: str, x: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None

@@ -3,7 +3,12 @@
 from torch import Tensor, nn
 
 from gated_deltanet.modules.autocast import cast_for_autocast
-from gated_deltanet.ops.common import swiglu
+from gated_deltanet.ops.common import swiglu, swiglu_linear
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight says all: no adapter in its place (LoRA, say), no hooks around it."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class GatedMLP(nn.Module):
@@ -26,6 +31,8 @@ class GatedMLP(nn.Module):
         """x [..., hidden_size] -> [..., hidden_size]."""
         x = cast_for_autocast(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(
-            swiglu(gate, up) if self.fuse_swiglu else nn.functional.silu(gate) * up
-        )
+        if not self.fuse_swiglu:
+            return self.down_proj(nn.functional.silu(gate) * up)
+        if _is_plain(self.down_proj):
+            return swiglu_linear(gate, up, self.down_proj.weight)
+        return self.down_proj(swiglu(gate, up))

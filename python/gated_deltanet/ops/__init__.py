@@ -9,6 +9,7 @@ from gated_deltanet.ops.common import (
     rms_norm,
     rms_norm_gated,
     swiglu,
+    swiglu_linear,
 )
 from gated_deltanet.ops.gated_delta_rule import (
     chunk_gated_delta_rule,
@@ -30,4 +31,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated",
     "swiglu",
+    "swiglu_linear",
 ]

@@ -23,15 +23,6 @@ using torch::autograd::variable_list;
 
 constexpr std::string_view kOp = "swiglu";
 
-std::tuple<at::Tensor, at::Tensor> call_swiglu_backward(const at::Tensor& d_y,
-                                                        const at::Tensor& gate,
-                                                        const at::Tensor& up) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gdn::swiglu_backward", "")
-                             .typed<decltype(call_swiglu_backward)>();
-  return op.call(d_y, gate, up);
-}
-
 void check(const at::Tensor& gate, const at::Tensor& up) {
   check_floating(kOp, "gate", gate);
   if (gate.dim() == 0) reject(kOp, "gate", "of shape [..., D]", describe(gate));
@@ -68,8 +59,8 @@ at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& d_y, const at::Tensor& gate,
-                                                   const at::Tensor& up) {
+std::tuple<at::Tensor, at::Tensor> swiglu_gradients(const at::Tensor& d_y, const at::Tensor& gate,
+                                                    const at::Tensor& up) {
   check(gate, up);
   check_shape("swiglu_backward", "d_y", d_y, gate.sym_sizes(), "that of gate");
   check_like("swiglu_backward", "d_y", d_y, "gate", gate);
@@ -116,7 +107,7 @@ class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& d_outputs) {
     const variable_list inputs = ctx->get_saved_variables();
-    auto [d_gate, d_up] = call_swiglu_backward(d_outputs[0], inputs[0], inputs[1]);
+    auto [d_gate, d_up] = swiglu_backward(d_outputs[0], inputs[0], inputs[1]);
     return {d_gate, d_up};
   }
 };
@@ -141,6 +132,14 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   return op.call(gate, up);
 }
 
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& d_y, const at::Tensor& gate,
+                                                   const at::Tensor& up) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gdn::swiglu_backward", "")
+                             .typed<decltype(swiglu_backward)>();
+  return op.call(d_y, gate, up);
+}
+
 }  // namespace gdn
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -150,12 +149,12 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) {
   m.impl("swiglu", gdn::swiglu_forward);
-  m.impl("swiglu_backward", gdn::swiglu_backward);
+  m.impl("swiglu_backward", gdn::swiglu_gradients);
 }
 
 TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
   m.impl("swiglu", gdn::swiglu_forward);
-  m.impl("swiglu_backward", gdn::swiglu_backward);
+  m.impl("swiglu_backward", gdn::swiglu_gradients);
 }
 
 TORCH_LIBRARY_IMPL(gdn, Meta, m) {

@@ -3,7 +3,7 @@
 from gated_deltanet.ops.common.causal_conv1d import causal_conv1d, causal_conv1d_update
 from gated_deltanet.ops.common.cross_entropy import cross_entropy, linear_cross_entropy
 from gated_deltanet.ops.common.norm import l2_norm, rms_norm, rms_norm_gated
-from gated_deltanet.ops.common.swiglu import swiglu
+from gated_deltanet.ops.common.swiglu import swiglu, swiglu_linear
 
 __all__ = [
     "causal_conv1d",
@@ -14,4 +14,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated",
     "swiglu",
+    "swiglu_linear",
 ]

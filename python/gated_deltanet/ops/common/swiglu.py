@@ -13,3 +13,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: naming the argument, what was expected and what came.
     """
     return torch.ops.gdn.swiglu(gate, up)
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """swiglu(gate, up) @ weight.T; the backward computes the activation again, and keeps none.
+
+    Args:
+        gate, up: [..., D], of one shape and dtype.
+        weight: [out_features, D], of their dtype (or any, under autocast).
+
+    Returns:
+        [..., out_features].
+    """
+    return torch.ops.gdn.swiglu_linear(gate, up, weight)
