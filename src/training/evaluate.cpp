@@ -21,7 +21,7 @@ constexpr int64_t kMaxLogits = 1 << 26;
 /// Sum of the losses of documents side by side. `documents` fall in length: those that have ended
 /// are at the end, and leave the batch.
 double loss_of(GatedDeltaNetForCausalLM& model, const Corpus& corpus,
-               const std::vector<int64_t>& documents, int64_t window) {
+               const std::vector<int64_t>& documents, int64_t window, c10::Device device) {
   const auto predicted = [&](int64_t row) { return corpus.length(documents[row]) - 1; };
   double sum = 0;
   Cache cache;
@@ -41,10 +41,11 @@ double loss_of(GatedDeltaNetForCausalLM& model, const Corpus& corpus,
       corpus.copy(documents[row], start + 1, end + 1, targets[row].mutable_data_ptr<int64_t>());
     }
     CausalLMInput input;
-    input.input_ids = input_ids;
+    input.input_ids = input_ids.to(device);
     input.cache = &cache;
     const at::Tensor logits = model->forward(input).logits;  // [B, T, vocab_size]
-    sum += cross_entropy(logits.flatten(0, 1), targets.flatten(), kIgnoreIndex, Reduction::sum)
+    sum += cross_entropy(logits.flatten(0, 1), targets.flatten().to(device), kIgnoreIndex,
+                         Reduction::sum)
                .item<double>();
   }
 }
@@ -54,7 +55,8 @@ double loss_of(GatedDeltaNetForCausalLM& model, const Corpus& corpus,
 EvalResult evaluate(GatedDeltaNetForCausalLM& model, const Corpus& corpus,
                     const EvalOptions& options) {
   const at::NoGradGuard no_grad;
-  const Bf16Autocast autocast(options.bf16);
+  const c10::Device device = model->parameters().front().device();
+  const Bf16Autocast autocast(options.bf16, device.type());
   const bool was_training = model->is_training();
   model->eval();
   const auto begin = std::chrono::steady_clock::now();
@@ -82,7 +84,7 @@ EvalResult evaluate(GatedDeltaNetForCausalLM& model, const Corpus& corpus,
   for (size_t first = 0; first < order.size(); first += options.batch_size) {
     const size_t last = std::min(order.size(), first + static_cast<size_t>(options.batch_size));
     const std::vector<int64_t> documents(order.begin() + first, order.begin() + last);
-    sum += loss_of(model, corpus, documents, window);
+    sum += loss_of(model, corpus, documents, window, device);
     for (const int64_t n : documents) result.tokens += std::max<int64_t>(corpus.length(n) - 1, 0);
     if (options.on_progress) options.on_progress(result.tokens, all);
   }

@@ -17,15 +17,26 @@ namespace gdn {
 bool decays(const at::Tensor& parameter) { return parameter.dim() >= 2; }
 
 AdamW::AdamW(const NamedTensors& parameters, const AdamWOptions& options) : options_(options) {
-  groups_[0].weight_decay = options.weight_decay;
   for (const auto& [name, parameter] : parameters) {
-    Group& group = groups_[decays(parameter) ? 0 : 1];
+    Group& group = group_of(parameter);
     group.names.push_back(name);
     group.parameters.push_back(parameter);
     group.exp_avgs.push_back(at::zeros_like(parameter));
     group.exp_avg_sqs.push_back(at::zeros_like(parameter));
     group.steps.push_back(at::zeros({}, parameter.options().dtype(at::kFloat)));
   }
+}
+
+AdamW::Group& AdamW::group_of(const at::Tensor& parameter) {
+  const double weight_decay = decays(parameter) ? options_.weight_decay : 0;
+  for (Group& group : groups_) {
+    const at::Tensor& first = group.parameters.front();
+    if (decays(first) == decays(parameter) && first.scalar_type() == parameter.scalar_type()) {
+      return group;
+    }
+  }
+  groups_.emplace_back().weight_decay = weight_decay;
+  return groups_.back();
 }
 
 void AdamW::step(double lr) {
@@ -57,11 +68,24 @@ void AdamW::zero_grad() {
 
 double AdamW::clip_grad_norm(double max_norm) {
   const at::NoGradGuard no_grad;
-  const std::vector<at::Tensor> all = gradients();
-  if (all.empty()) return 0;
-  const double norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(all))).item<double>();
-  if (max_norm > 0 && std::isfinite(norm) && norm > max_norm)
-    at::_foreach_mul_(all, max_norm / norm);
+  std::vector<std::vector<at::Tensor>> gradients;  // of one dtype each
+  std::vector<at::Tensor> norms;
+  for (const Group& group : groups_) {
+    std::vector<at::Tensor>& all = gradients.emplace_back();
+    for (const at::Tensor& parameter : group.parameters) {
+      if (parameter.grad().defined()) all.push_back(parameter.grad());
+    }
+    if (all.empty()) continue;
+    const auto wide = at::promote_types(all.front().scalar_type(), at::kFloat);
+    for (const at::Tensor& norm : at::_foreach_norm(all, 2, wide)) norms.push_back(norm);
+  }
+  if (norms.empty()) return 0;
+  const double norm = at::linalg_vector_norm(at::stack(norms)).item<double>();
+  if (max_norm > 0 && std::isfinite(norm) && norm > max_norm) {
+    for (std::vector<at::Tensor>& all : gradients) {
+      if (!all.empty()) at::_foreach_mul_(all, max_norm / norm);
+    }
+  }
   return norm;
 }
 
@@ -75,16 +99,6 @@ NamedTensors AdamW::state() const {
     }
   }
   return state;
-}
-
-std::vector<at::Tensor> AdamW::gradients() const {
-  std::vector<at::Tensor> gradients;
-  for (const Group& group : groups_) {
-    for (const at::Tensor& parameter : group.parameters) {
-      if (parameter.grad().defined()) gradients.push_back(parameter.grad());
-    }
-  }
-  return gradients;
 }
 
 }  // namespace gdn

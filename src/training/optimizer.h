@@ -39,15 +39,16 @@ class AdamW {
   NamedTensors state() const;
 
  private:
+  /// Parameters of one decay and dtype, which torch's fused kernels take together.
   struct Group {
     std::vector<std::string> names;
     std::vector<at::Tensor> parameters, exp_avgs, exp_avg_sqs, steps;
     double weight_decay = 0;
   };
-  std::vector<at::Tensor> gradients() const;
+  Group& group_of(const at::Tensor& parameter);
 
   AdamWOptions options_;
-  Group groups_[2];
+  std::vector<Group> groups_;
 };
 
 }  // namespace gdn

@@ -90,8 +90,8 @@ void TrainOptions::validate() const {
   require(eval_tokens >= 0, "eval_tokens", "at least 0", eval_tokens);
   require(save_every >= 0, "save_every", "at least 0", save_every);
   require(keep_checkpoints >= 0, "keep_checkpoints", "at least 0", keep_checkpoints);
-  require(device == "cpu", "device", "cpu, the only one in this build", device);
-  require(dtype == "fp32" || dtype == "bf16", "dtype", "fp32 or bf16", dtype);
+  require(dtype == "fp32" || dtype == "bf16" || dtype == "bf16-weights", "dtype",
+          "fp32, bf16 or bf16-weights", dtype);
   require(threads >= 0, "threads", "at least 0", threads);
 }
 

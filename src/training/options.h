@@ -54,7 +54,7 @@ struct TrainOptions {
   int64_t keep_checkpoints = 2;
   bool resume = false;
 
-  std::string device = "cpu";
+  std::string device = "auto";
   std::string dtype = "fp32";
   bool activation_checkpointing = false;
   int64_t threads = 0;
@@ -99,8 +99,10 @@ void for_each_option(Options& options, Visit&& visit) {
   visit("save_every", options.save_every, "steps between two checkpoints; 0: only at the end");
   visit("keep_checkpoints", options.keep_checkpoints, "newest checkpoints that are kept; 0: all");
   visit("resume", options.resume, "continue the run in --out from its latest checkpoint");
-  visit("device", options.device, "cpu");
-  visit("dtype", options.dtype, "fp32, or bf16: autocast over fp32 weights");
+  visit("device", options.device, "cpu, cuda, cuda:N, or auto: the first GPU if there is one");
+  visit("dtype", options.dtype,
+        "fp32; bf16: autocast over fp32 weights; or bf16-weights: weights and optimiser in bf16 "
+        "too, half the memory, but small updates are rounded away");
   visit("activation_checkpointing", options.activation_checkpointing,
         "recompute activations in the backward, which saves memory");
   visit("threads", options.threads, "CPU threads; 0: as many as torch would use");

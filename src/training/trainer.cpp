@@ -5,13 +5,16 @@
 #include <stdexcept>
 #include <unistd.h>
 
-#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <nlohmann/json.hpp>
 
 #include <gdn/models/causal_lm.h>
 #include <gdn/models/checkpoint.h>
+#include <gdn/models/device.h>
 #include <gdn/training/autocast.h>
 #include <gdn/training/corpus.h>
 #include <gdn/training/files.h>
@@ -34,7 +37,13 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-int64_t resident_bytes() {
+/// Of the process; on a GPU the most that its tensors ever took.
+int64_t memory_bytes(c10::Device device) {
+  if (!device.is_cpu()) {
+    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+    return stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)]
+        .peak;
+  }
   int64_t total = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> total >> resident;
   return resident * ::sysconf(_SC_PAGESIZE);
@@ -49,6 +58,8 @@ at::Tensor to_tensor(const std::vector<int64_t>& values) {
 struct StepData {
   std::vector<Batch> batches;
   int64_t predicted = 0;
+  int64_t position = 0;  ///< of the sampler, after them
+  double epoch = 0;
 };
 
 /// Every token but the first of each sequence is predicted.
@@ -88,6 +99,7 @@ class Trainer {
     }
     open_tokenizer();
     config_ = model_config(options_, *tokenizer_);
+    open_device();
     open_data();
     make_model();
     record_options();
@@ -108,7 +120,7 @@ class Trainer {
       metrics.tokens_per_second = tokens / std::max(seconds_since(record_begin) - pause, 1e-9);
       metrics.eta_seconds = seconds_since(begin) / static_cast<double>(step_ - first_step) *
                             static_cast<double>(options_.steps - step_);
-      metrics.memory_bytes = resident_bytes();
+      metrics.memory_bytes = memory_bytes(device_);
       sinks_.on_step(metrics, record);
       if (record) {
         record_begin = Clock::now();
@@ -146,6 +158,12 @@ class Trainer {
     }
   }
 
+  void open_device() {
+    const DeviceChoice choice = choose_device(options_.device);
+    device_ = choice.device;
+    if (!choice.note.empty()) sink_.on_message(choice.note);
+  }
+
   void open_data() {
     CorpusOptions corpus_options;
     corpus_options.suffixes = options_.suffix;
@@ -169,14 +187,16 @@ class Trainer {
   }
 
   void make_model() {
-    at::Generator generator = at::detail::getDefaultCPUGenerator();
+    at::Generator generator = at::globalContext().defaultGenerator(device_);
     generator.set_current_seed(options_.seed);
     const auto checkpoint = folder_.latest_checkpoint();
+    const auto dtype = options_.dtype == "bf16-weights" ? at::kBFloat16 : at::kFloat;
     if (checkpoint) {
       require_same_model(read_config(*checkpoint / "config.json"), config_, *checkpoint);
-      model_ = load_pretrained(*checkpoint);
+      model_ = load_pretrained(*checkpoint, device_, dtype);
     } else {
-      model_ = GatedDeltaNetForCausalLM(config_);
+      model_ = GatedDeltaNetForCausalLM(config_, device_);
+      model_->to(dtype);
     }
     model_->train();
     model_->set_activation_checkpointing(options_.activation_checkpointing);
@@ -201,6 +221,7 @@ class Trainer {
     require("the number of training tokens", saved.data_tokens, now.data_tokens);
     RunFolder::restore(checkpoint, *optimizer_);
     step_ = saved.step;
+    position_ = saved.position;
     sampler_->seek(saved.position);
     sink_.on_message("resuming from " + checkpoint.string());
   }
@@ -230,49 +251,61 @@ class Trainer {
                       std::to_string(held_out_.documents()) + " held out");
   }
 
-  StepMetrics train_step() {
+  StepData next_data() {
     StepData data;
     for (int64_t i = 0; i < options_.grad_accumulation; ++i) {
       data.batches.push_back(sampler_->next());
       data.predicted += predicted_tokens(data.batches.back());
     }
+    data.position = sampler_->position();
+    data.epoch = sampler_->epoch();
+    return data;
+  }
+
+  StepMetrics train_step() {
+    const StepData data = next_ ? *std::exchange(next_, std::nullopt) : next_data();
     const double lr = learning_rate({.lr = options_.lr,
                                      .warmup = options_.warmup,
                                      .steps = options_.steps,
                                      .min_lr_ratio = options_.min_lr_ratio},
                                     step_);
-    const double loss = accumulate_gradients(data);
+    const at::Tensor mean_loss = accumulate_gradients(data);
+    // A GPU computes while the CPU prepares what comes next; reading the loss waits for it.
+    if (step_ + 1 < options_.steps) next_ = next_data();
+    const double loss = mean_loss.item<double>();
     const double norm = optimizer_->clip_grad_norm(options_.max_grad_norm);
     if (!std::isfinite(loss) || !std::isfinite(norm)) stop_at_non_finite(data, loss, norm);
     optimizer_->step(lr);
     optimizer_->zero_grad();
     ++step_;
+    position_ = data.position;
     return {.step = step_,
             .steps = options_.steps,
-            .tokens = sampler_->position(),
-            .epoch = sampler_->epoch(),
+            .tokens = data.position,
+            .epoch = data.epoch,
             .loss = loss,
             .lr = lr,
             .grad_norm = norm};
   }
 
-  /// Returns the mean loss.
-  double accumulate_gradients(const StepData& data) {
-    double mean = 0;
+  /// Returns the mean loss, on the device.
+  at::Tensor accumulate_gradients(const StepData& data) {
+    at::Tensor mean = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(device_));
     for (const Batch& batch : data.batches) {
       const double weight = static_cast<double>(predicted_tokens(batch)) /
                             static_cast<double>(std::max<int64_t>(data.predicted, 1));
       CausalLMInput input;
-      input.input_ids = to_tensor(batch.input_ids).unsqueeze(0);  // [1, T]
-      input.cu_seqlens = to_tensor(batch.cu_seqlens);             // [N + 1]
+      input.input_ids = to_tensor(batch.input_ids).to(device_).unsqueeze(0);  // [1, T]
+      // In host memory: the operators' checks then need not wait for the device.
+      input.cu_seqlens = to_tensor(batch.cu_seqlens);  // [N + 1]
       input.labels = input.input_ids;
       at::Tensor loss;
       {
-        const Bf16Autocast autocast(options_.dtype == "bf16");
+        const Bf16Autocast autocast(options_.dtype == "bf16", device_.type());
         loss = model_->forward(input).loss;
       }
       (loss * weight).backward();
-      mean += weight * loss.item<double>();
+      mean += weight * loss.detach().to(at::kDouble);
     }
     return mean;
   }
@@ -303,7 +336,7 @@ class Trainer {
 
   TrainerState state() const {
     return {.step = step_,
-            .position = sampler_->position(),
+            .position = position_,
             .seq_len = options_.seq_len,
             .seed = options_.seed,
             .data_documents = training_.documents(),
@@ -333,7 +366,10 @@ class Trainer {
   std::optional<JsonLines> json_lines_;
   std::optional<TensorBoard> tensor_board_;
   MetricsFanOut sinks_;
+  c10::Device device_ = c10::kCPU;
+  std::optional<StepData> next_;  ///< prepared while the last step ran
   int64_t step_ = 0;
+  int64_t position_ = 0;  ///< in the data, after the last step
 };
 
 }  // namespace
