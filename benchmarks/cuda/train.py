@@ -1,11 +1,13 @@
-"""Training steps of a language model on one GPU: ours, or flash-linear-attention's, the same recipe.
+"""Training steps of a language model on one GPU: ours or flash-linear-attention's, one recipe.
 
     python benchmarks/cuda/train.py ours
     python benchmarks/cuda/train.py fla
 
-bf16 weights, torch's fused AdamW, random tokens. One process measures one implementation, so that
-neither finds the other's memory or caches. Prints the seconds from the start of the process to the
-end of the third step, tokens/s (median of the steps after it) and the peak of allocated memory.
+bf16 weights, torch's fused AdamW, random tokens; ours with the loss that holds no logits, fla's as
+its configuration has it, or likewise with --linear-cross-entropy. A process measures one of them,
+so that neither finds the other's memory or caches. Prints the seconds from the start of the process
+to the end of the third step, tokens/s (median of the steps after it) and the peak of allocated
+memory.
 """
 
 import argparse
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--expand-v", type=float, default=2.0)
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--linear-cross-entropy", action="store_true")
     parser.add_argument("--profile", action="store_true", help="time by kernel, of one more step")
     args = parser.parse_args()
 
@@ -59,6 +62,8 @@ def main() -> None:
         "expand_v": args.expand_v,
         "vocab_size": args.vocab_size,
     }
+    if args.implementation == "ours" or args.linear_cross_entropy:
+        options |= {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True}
     model = make_model(args.implementation, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
 #include <gdn/modules/autocast.h>
 #include <gdn/modules/gated_mlp.h>
+#include <gdn/ops/common/linears.h>
 #include <gdn/ops/common/swiglu.h>
 
 namespace gdn {
@@ -19,7 +20,8 @@ void GatedMLPImpl::reset() {
 
 at::Tensor GatedMLPImpl::forward(const at::Tensor& x) {
   const at::Tensor input = cast_for_autocast(x);
-  const at::Tensor gate = gate_proj(input), up = up_proj(input);
+  const auto projected = linears(input, {gate_proj->weight, up_proj->weight});
+  const at::Tensor &gate = projected[0], &up = projected[1];
   if (options.fuse_swiglu) return swiglu_linear(gate, up, down_proj->weight);
   return down_proj(at::silu(gate) * up);
 }

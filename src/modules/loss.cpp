@@ -28,7 +28,9 @@ at::Tensor token_cross_entropy(const at::Tensor& logits, const at::Tensor& targe
 
 at::Tensor token_linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
                                       const at::Tensor& targets) {
-  return linear_cross_entropy(cast_for_autocast(hidden), cast_for_autocast(weight), targets);
+  const int64_t rows_per_block = hidden.is_cpu() ? 1024 : 4096;  // a GPU needs larger products
+  return linear_cross_entropy(cast_for_autocast(hidden), cast_for_autocast(weight), targets,
+                              kIgnoreIndex, Reduction::mean, rows_per_block);
 }
 
 }  // namespace gdn

@@ -113,6 +113,11 @@ def other_cases():
             {},
         ),
         "swiglu": (gdn.swiglu, (x, torch.randn_like(x, requires_grad=True)), {}),
+        "linears": (
+            gdn.linears,
+            (x, [torch.randn(n, x.shape[-1], requires_grad=True) for n in (2, 70, 3)]),
+            {},
+        ),
         "swiglu linear": (
             gdn.swiglu_linear,
             (x, torch.randn_like(x, requires_grad=True), torch.randn(5, x.shape[-1])),

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gated_deltanet.layers.cache import LayerCache, check_cached, layer_cache
 from gated_deltanet.layers.mixer import mix_packed, refuse_attentions
 from gated_deltanet.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from gated_deltanet.modules.projections import project
 from gated_deltanet.ops.gated_delta_rule import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
@@ -212,7 +213,7 @@ class GatedDeltaNet(nn.Module):
         projections = [self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj]
         if self.use_gate:
             projections.append(self.g_proj)
-        projected = [projection(x) for projection in projections]
+        projected = project(x, projections)
         if self._recomputes(x, cache):
             mixed = checkpoint(
                 self._mix_projections,

@@ -3,12 +3,8 @@
 from torch import Tensor, nn
 
 from gated_deltanet.modules.autocast import cast_for_autocast
+from gated_deltanet.modules.projections import is_plain, project
 from gated_deltanet.ops.common import swiglu, swiglu_linear
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether its weight says all: no adapter in its place (LoRA, say), no hooks around it."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 class GatedMLP(nn.Module):
@@ -30,9 +26,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> [..., hidden_size]."""
         x = cast_for_autocast(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, [self.gate_proj, self.up_proj])
         if not self.fuse_swiglu:
             return self.down_proj(nn.functional.silu(gate) * up)
-        if _is_plain(self.down_proj):
+        if is_plain(self.down_proj):
             return swiglu_linear(gate, up, self.down_proj.weight)
         return self.down_proj(swiglu(gate, up))

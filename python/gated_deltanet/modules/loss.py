@@ -53,6 +53,10 @@ def token_linear_cross_entropy(
     """
     reduction = "mean" if count is None else "sum"
     loss = linear_cross_entropy(
-        cast_for_autocast(hidden), cast_for_autocast(weight), targets, reduction=reduction
+        cast_for_autocast(hidden),
+        cast_for_autocast(weight),
+        targets,
+        reduction=reduction,
+        rows_per_block=4096 if hidden.is_cuda else 1024,  # a GPU needs larger products
     )
     return loss if count is None else loss / count

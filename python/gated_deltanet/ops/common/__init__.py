@@ -2,6 +2,7 @@
 
 from gated_deltanet.ops.common.causal_conv1d import causal_conv1d, causal_conv1d_update
 from gated_deltanet.ops.common.cross_entropy import cross_entropy, linear_cross_entropy
+from gated_deltanet.ops.common.linears import linears
 from gated_deltanet.ops.common.norm import l2_norm, rms_norm, rms_norm_gated
 from gated_deltanet.ops.common.swiglu import swiglu, swiglu_linear
 
@@ -11,6 +12,7 @@ __all__ = [
     "cross_entropy",
     "l2_norm",
     "linear_cross_entropy",
+    "linears",
     "rms_norm",
     "rms_norm_gated",
     "swiglu",
