@@ -4,7 +4,7 @@
 
 Checks each one against the recurrence in fp64 on one shape, and then times them in turns: CUDA
 graph replay, median, no L2 norm inside, inputs as other projects' benchmarks have them. Prints what
-the operations and the bytes take at least on this machine (its measured copy rate and matrix product),
+the operations and the bytes take at least on this machine (by its copy rate and matrix product),
 and ratios to the best of the others, losses first. The first use of a peer compiles for minutes.
 """
 
