@@ -14,13 +14,14 @@ def candidates() -> list[Path]:
     """Where the library may be, in the order in which it is looked for.
 
     The file that the environment variable GDN_OPS_LIBRARY names, and then nothing else; beside the
-    installed package; in the source tree's build folders, when the package is one of that tree.
+    installed package; in the source tree's build folders, when the package is one of that tree: the
+    build for GPUs first, which serves CPUs too.
     """
     if named := os.environ.get(_VARIABLE):
         return [Path(named)]
     package = package_folders()
     source = Path(__file__).resolve().parents[2]
-    builds = [source / "build" / preset / "lib" / _NAME for preset in ("release", "debug")]
+    builds = [source / "build" / preset / "lib" / _NAME for preset in ("cuda", "release", "debug")]
     return [path / _NAME for path in package] + builds
 
 
