@@ -1,4 +1,5 @@
-// The gate g = -exp(A_log) softplus(a + dt_bias) and its gradients.
+// The gate g = -exp(A_log) softplus(a + dt_bias) and its gradients. A thread has the elements of
+// one value head in every kBlock / HV'th row, where that many heads fit a block.
 #include <gdn/kernels/cuda/column_sums.cuh>
 #include <gdn/kernels/cuda/gate.h>
 
@@ -6,81 +7,143 @@ namespace gdn::kernels::cuda {
 namespace {
 
 constexpr int kBlock = 256;
+constexpr int kRows = 4;  // of a thread at once
 
 __device__ float softplus(float x) { return fmaxf(x, 0.0F) + log1pf(expf(-fabsf(x))); }
 
+/// The elements of a block: up to kBlock heads of a range of rows. Grid: heads, then ranges.
+struct Range {
+  int64_t HV;
+  int64_t h;        // the thread's head; HV or more: none
+  int64_t row;      // the thread's first row
+  int64_t end;      // of the range
+  int heads, step;  // of the block; rows from one of the thread's to the next
+
+  __device__ Range(const GateProblem& p, int64_t rows)
+      : HV(p.HV),
+        end(min(p.M, (int64_t{blockIdx.y} + 1) * rows)),
+        heads(static_cast<int>(min(p.HV, int64_t{kBlock}))),
+        step(kBlock / heads) {
+    const int thread = static_cast<int>(threadIdx.x);
+    h = int64_t{blockIdx.x} * kBlock + thread % heads;
+    row = blockIdx.y * rows + thread / heads;
+    if (thread / heads >= step) h = HV;
+  }
+  /// Of the thread's r'th row from row m on.
+  __device__ bool has(int64_t m, int r) const { return m + r * step < end; }
+  __device__ int64_t index(int64_t m, int r) const { return (m + r * step) * HV + h; }
+};
+
 template <typename T>
-__global__ void __launch_bounds__(kBlock) gate_kernel(GateForward p) {
-  const int64_t count = p.M * p.HV;
-  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < count;
-       i += int64_t{gridDim.x} * kBlock) {
-    const int64_t h = i % p.HV;
-    const float rate = expf(static_cast<const float*>(p.A_log)[h]);
-    const float x =
-        to_float(static_cast<const T*>(p.a)[i]) + static_cast<const float*>(p.dt_bias)[h];
-    static_cast<float*>(p.g)[i] = isnan(x) ? x : -rate * softplus(x);
+__global__ void __launch_bounds__(kBlock) gate_kernel(GateForward p, int64_t rows) {
+  const Range range(p, rows);
+  if (range.h >= p.HV) return;
+  const float minus_rate = -expf(static_cast<const float*>(p.A_log)[range.h]);
+  const float bias = static_cast<const float*>(p.dt_bias)[range.h];
+  for (int64_t m = range.row; m < range.end; m += kRows * range.step) {
+    T a[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (range.has(m, r)) a[r] = static_cast<const T*>(p.a)[range.index(m, r)];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!range.has(m, r)) continue;
+      const float x = to_float(a[r]) + bias;
+      static_cast<float*>(p.g)[range.index(m, r)] = isnan(x) ? x : minus_rate * softplus(x);
+    }
   }
 }
 
-/// A lane a value head, a warp a row at a time. parts [row parts, 2, HV]: d_A_log, d_dt_bias.
+/// parts [ranges of rows, 2, HV]: d_A_log, d_dt_bias.
 template <typename T>
-__global__ void __launch_bounds__(kColumnWarps* kWarp)
+__global__ void __launch_bounds__(kBlock)
     gate_backward_kernel(GateBackward p, int64_t rows, float* parts) {
-  const int64_t h = int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp;
-  const int64_t end = min(p.M, (blockIdx.y + 1) * rows);
+  const Range range(p, rows);
   float d_A_log = 0.0F, d_dt_bias = 0.0F;
-  if (h < p.HV) {
-    const float minus_rate = -expf(static_cast<const float*>(p.A_log)[h]);
-    const float bias = static_cast<const float*>(p.dt_bias)[h];
-    for (int64_t m = blockIdx.y * rows + threadIdx.x / kWarp; m < end; m += kColumnWarps) {
-      const int64_t i = m * p.HV + h;
-      const float x = to_float(static_cast<const T*>(p.a)[i]) + bias;
-      const float scaled = static_cast<const float*>(p.d_g)[i] * minus_rate;
-      const float d_x = scaled * sigmoid(x);
-      static_cast<T*>(p.d_a)[i] = from_float<T>(d_x);
-      d_dt_bias += d_x;
-      d_A_log = fmaf(scaled, softplus(x), d_A_log);
+  if (range.h < p.HV) {
+    const float minus_rate = -expf(static_cast<const float*>(p.A_log)[range.h]);
+    const float bias = static_cast<const float*>(p.dt_bias)[range.h];
+    for (int64_t m = range.row; m < range.end; m += kRows * range.step) {
+      T a[kRows] = {};
+      float d_g[kRows] = {};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (!range.has(m, r)) continue;
+        a[r] = static_cast<const T*>(p.a)[range.index(m, r)];
+        d_g[r] = static_cast<const float*>(p.d_g)[range.index(m, r)];
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (!range.has(m, r)) continue;
+        const float x = to_float(a[r]) + bias, scaled = d_g[r] * minus_rate;
+        const float d_x = scaled * sigmoid(x);
+        static_cast<T*>(p.d_a)[range.index(m, r)] = from_float<T>(d_x);
+        d_dt_bias += d_x;
+        d_A_log = fmaf(scaled, softplus(x), d_A_log);
+      }
     }
   }
-  d_A_log = sum_over_warps(d_A_log);
-  d_dt_bias = sum_over_warps(d_dt_bias);
-  if (threadIdx.x < kWarp && h < p.HV) {
-    parts[blockIdx.y * 2 * p.HV + h] = d_A_log;
-    parts[(blockIdx.y * 2 + 1) * p.HV + h] = d_dt_bias;
+  __shared__ float sums[2][kBlock];
+  sums[0][threadIdx.x] = d_A_log;
+  sums[1][threadIdx.x] = d_dt_bias;
+  __syncthreads();
+  if (threadIdx.x >= range.heads || range.h >= p.HV) return;
+  for (int i = 1; i < range.step; ++i) {
+    d_A_log += sums[0][threadIdx.x + i * range.heads];
+    d_dt_bias += sums[1][threadIdx.x + i * range.heads];
   }
+  parts[int64_t{blockIdx.y} * 2 * p.HV + range.h] = d_A_log;
+  parts[(int64_t{blockIdx.y} * 2 + 1) * p.HV + range.h] = d_dt_bias;
 }
+
+struct WriteGradients {
+  GateBackward p;
+  __device__ void operator()(int64_t column, float sum) const {
+    float* gradient = static_cast<float*>(column < p.HV ? p.d_A_log : p.d_dt_bias);
+    gradient[column % p.HV] = sum;
+  }
+};
+
+/// How rows are cut into ranges: kRows a thread, but not more ranges than the limit.
+struct Ranges {
+  int64_t count, rows;
+  dim3 grid;
+};
+Ranges ranges(const GateProblem& p, int64_t limit) {
+  const int64_t step = kBlock / std::min<int64_t>(p.HV, kBlock);
+  const int64_t rows = std::max(kRows * step, divide_up(p.M, limit));
+  const int64_t count = std::max<int64_t>(1, divide_up(p.M, rows));
+  return {count, rows,
+          dim3(static_cast<unsigned>(divide_up(p.HV, kBlock)), static_cast<unsigned>(count))};
+}
+
+constexpr int64_t kForwardLimit = 65535;
+constexpr int64_t kBackwardLimit = 512;  // one kernel adds them up
 
 }  // namespace
 
 void gate(const GateForward& p, Stream stream) {
   if (p.M == 0 || p.HV == 0) return;
-  constexpr int64_t kMaxBlocks = 4096;
-  const auto blocks = static_cast<unsigned>(std::min(divide_up(p.M * p.HV, kBlock), kMaxBlocks));
-  with_element_type(p.dtype,
-                    [&]<typename T>(T*) { gate_kernel<T><<<blocks, kBlock, 0, stream>>>(p); });
+  const Ranges r = ranges(p, kForwardLimit);
+  with_element_type(
+      p.dtype, [&]<typename T>(T*) { gate_kernel<T><<<r.grid, kBlock, 0, stream>>>(p, r.rows); });
   check_launch("gate");
 }
 
 int64_t gate_backward_scratch(const GateBackward& p) {
-  return scratch_floats(row_parts(p.M).count * 2 * p.HV) + scratch_floats(2 * p.HV);
+  return p.HV == 0 ? 0 : scratch_floats(ranges(p, kBackwardLimit).count * 2 * p.HV);
 }
 
 void gate_backward(const GateBackward& p, void* scratch, Stream stream) {
   if (p.HV == 0) return;
-  const RowParts parts = row_parts(p.M);
-  auto* sums = static_cast<float*>(scratch);
-  float* total = sums + scratch_floats(parts.count * 2 * p.HV) / 4;
-  const dim3 grid(static_cast<unsigned>(divide_up(p.HV, kWarp)),
-                  static_cast<unsigned>(parts.count));
+  const Ranges r = ranges(p, kBackwardLimit);
+  auto* parts = static_cast<float*>(scratch);
   with_element_type(p.dtype, [&]<typename T>(T*) {
-    gate_backward_kernel<T><<<grid, kColumnWarps * kWarp, 0, stream>>>(p, parts.rows, sums);
+    gate_backward_kernel<T><<<r.grid, kBlock, 0, stream>>>(p, r.rows, parts);
   });
   check_launch("gate_backward");
-  add_parts(sums, parts.count, 2 * p.HV, total, stream);
-  const size_t bytes = static_cast<size_t>(p.HV) * sizeof(float);
-  cudaMemcpyAsync(p.d_A_log, total, bytes, cudaMemcpyDeviceToDevice, stream);
-  cudaMemcpyAsync(p.d_dt_bias, total + p.HV, bytes, cudaMemcpyDeviceToDevice, stream);
-  check_launch("gate_backward, copy");
+  add_parts(parts, r.count, 2 * p.HV, stream, WriteGradients{p});
 }
 
 }  // namespace gdn::kernels::cuda

@@ -1,5 +1,9 @@
-// RMSNorm, gated RMSNorm and L2 norm: half a warp, a warp or a block a row, by its length. Rows
-// that fit the registers are read once; of longer ones the second read comes from the cache.
+// RMSNorm, gated RMSNorm and L2 norm: half a warp, a warp or a block a row, by its length. Several
+// rows are on their way at once. Rows that fit the registers are read once; of longer ones the
+// second read comes from the cache.
+//
+// Backward, blocks loop over fixed rows, and each thread sums the gradients of its own columns'
+// weights on the way.
 #include <gdn/kernels/cuda/column_sums.cuh>
 #include <gdn/kernels/cuda/norm.h>
 
@@ -7,27 +11,72 @@ namespace gdn::kernels::cuda {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kHalfWarp = 16;
-constexpr int64_t kWarpColumns = 1024;  // longer rows get a whole block
 
-/// Row m of x, the gate and the weight at columns i to i + kCount - 1.
-template <typename T, int kCount>
-struct Columns {
-  float x[kCount], weight[kCount], gate[kCount];
+/// How rows lie on threads. A thread holds kPieces vectors of kCount elements of each row at once,
+/// kThreads kCount apart; kOnce: they are the whole row.
+template <typename Element_, int kCount_, int kThreads_, int kPieces_, bool kOnce_>
+struct Layout {
+  using Element = Element_;
+  static constexpr int kCount = kCount_, kThreads = kThreads_, kPieces = kPieces_;
+  static constexpr bool kOnce = kOnce_;
+  static constexpr int kGroups = kBlock / kThreads;  // of threads that share a row, of a block
+  static constexpr int kStep = kThreads * kCount;    // from a piece to the next
+  static constexpr int kColumns = kStep * kPieces;
 
-  Columns() = default;
-  __device__ Columns(const NormProblem& p, int64_t m, int64_t i) {
-    load<kCount>(static_cast<const T*>(p.x.data) + m * p.x.stride + i, x);
-    if (p.weight != nullptr) load_parameter<T>(p.weight, p.weight_dtype, i, weight);
-    if (p.gate.data != nullptr) {
-      load<kCount>(static_cast<const T*>(p.gate.data) + m * p.gate.stride + i, gate);
-    }
+  /// Rows of a thread at once, so that about `vectors` vectors of all tensors are on their way.
+  static __host__ __device__ constexpr int rows(int vectors, int tensors) {
+    const int rows = kOnce ? vectors / (tensors * kPieces) : 1;
+    return rows < 1 ? 1 : rows;
+  }
+  static __device__ int first() { return static_cast<int>(threadIdx.x) % kThreads * kCount; }
+  static __device__ int group() { return static_cast<int>(threadIdx.x) / kThreads; }
+};
+
+/// What a thread holds of kRows rows of a tensor, from column i on, as it was loaded; zeros beyond
+/// the last row and column.
+template <typename L, int kRows>
+struct Tile {
+  using Piece = Vector<typename L::Element, L::kCount>;
+  Piece pieces[kRows][L::kPieces];
+
+  __device__ void load(const ConstView2& view, const NormProblem& p, int64_t row, int64_t i) {
+    const auto* data = static_cast<const typename L::Element*>(view.data);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (p.weight == nullptr) weight[j] = 1.0F;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t m = row + r * L::kGroups;
+#pragma unroll
+      for (int k = 0; k < L::kPieces; ++k) {
+        const int64_t column = i + k * L::kStep;
+        pieces[r][k] = {};
+        if (m < p.M && column < p.D) {
+          const auto* from = data + m * view.stride + column;
+          pieces[r][k].word = *reinterpret_cast<const typename Piece::Word*>(from);
+        }
+      }
     }
   }
 };
+
+/// The weights of a thread's columns from i on; ones where there are none.
+template <typename L>
+__device__ void load_weight(const NormProblem& p, int64_t i,
+                            float (&weight)[L::kPieces][L::kCount]) {
+#pragma unroll
+  for (int k = 0; k < L::kPieces; ++k) {
+#pragma unroll
+    for (int j = 0; j < L::kCount; ++j) weight[k][j] = 1.0F;
+    const int64_t column = i + k * L::kStep;
+    if (p.weight != nullptr && column < p.D) {
+      load_parameter<typename L::Element>(p.weight, p.weight_dtype, column, weight[k]);
+    }
+  }
+}
+
+template <typename L>
+__device__ void store_piece(const MutableView2& view, int64_t m, int64_t column,
+                            const float (&x)[L::kCount]) {
+  store<L::kCount>(static_cast<typename L::Element*>(view.data) + m * view.stride + column, x);
+}
 
 __device__ float per_row(const NormProblem& p) {
   return p.kind == NormKind::rms ? 1.0F / static_cast<float>(p.D) : 1.0F;
@@ -37,148 +86,220 @@ __device__ float row_factor(const NormProblem& p, float squares) {
   return 1.0F / sqrtf(squares * per_row(p) + static_cast<float>(p.eps));
 }
 
-/// The row of this thread's group of kThreads threads. Groups beyond the last row work on that one
-/// with the others of their warp, and write nothing.
-template <int kThreads>
-struct GroupRow {
-  int64_t m;
-  bool real;
-
-  __device__ explicit GroupRow(int64_t M)
-      : m(int64_t{blockIdx.x} * (kBlock / kThreads) + threadIdx.x / kThreads), real(m < M) {
-    if (!real) m = M - 1;
+template <typename L, bool kGated>
+__global__ void __launch_bounds__(kBlock) norm_kernel(NormForward p) {
+  constexpr int kRows = L::rows(4, kGated ? 2 : 1);
+  const int64_t row = int64_t{blockIdx.x} * L::kGroups * kRows + L::group();
+  Tile<L, kRows> x, gate;
+  float weight[L::kPieces][L::kCount];
+  float factor[kRows] = {};  // first the sums of squares
+  const auto load = [&](int64_t i) {
+    x.load(p.x, p, row, i);
+    if constexpr (kGated) gate.load(p.gate, p, row, i);
+    load_weight<L>(p, i, weight);
+  };
+  for (int64_t i = L::first(); i < p.D || L::kOnce; i += L::kColumns) {
+    load(i);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int k = 0; k < L::kPieces; ++k) {
+        float values[L::kCount];
+        unpack(x.pieces[r][k], values);
+#pragma unroll
+        for (int j = 0; j < L::kCount; ++j) factor[r] = fmaf(values[j], values[j], factor[r]);
+      }
+    }
+    if constexpr (L::kOnce) break;
   }
+  row_sums<L::kThreads>(factor);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) factor[r] = row_factor(p, factor[r]);
+  for (int64_t i = L::first(); i < p.D; i += L::kColumns) {
+    if constexpr (!L::kOnce) load(i);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t m = row + r * L::kGroups;
+#pragma unroll
+      for (int k = 0; k < L::kPieces; ++k) {
+        const int64_t column = i + k * L::kStep;
+        if (m >= p.M || column >= p.D) continue;
+        float y[L::kCount];
+        unpack(x.pieces[r][k], y);
+#pragma unroll
+        for (int j = 0; j < L::kCount; ++j) y[j] *= factor[r] * weight[k][j];
+        if constexpr (kGated) {
+          float z[L::kCount];
+          unpack(gate.pieces[r][k], z);
+#pragma unroll
+          for (int j = 0; j < L::kCount; ++j) y[j] *= silu(z[j]);
+        }
+        store_piece<L>(p.y, m, column, y);
+      }
+    }
+    if constexpr (L::kOnce) break;
+  }
+}
+
+/// Blocks a multiprocessor of the backward kernel, all of which run at once.
+constexpr int backward_blocks(bool gated) { return gated ? 2 : 3; }
+
+/// parts [blocks, D], or null: the sums of d_y silu(gate) x r over the rows of each block.
+template <typename L, bool kGated>
+__global__ void __launch_bounds__(kBlock, backward_blocks(kGated))
+    norm_backward_kernel(NormBackward p, float* parts) {
+  constexpr int kRows = L::rows(kGated ? 8 : 4, kGated ? 3 : 2);  // what the registers hold
+  const int first = L::first();
+  float weight[L::kPieces][L::kCount], d_weight[L::kPieces][L::kCount] = {};
+  if constexpr (L::kOnce) load_weight<L>(p, first, weight);
+  bool first_rows = true;
+  for (int64_t row = int64_t{blockIdx.x} * L::kGroups * kRows; row < p.M;
+       row += int64_t{gridDim.x} * L::kGroups * kRows) {
+    Tile<L, kRows> x, d_y, gate;
+    float active[kRows][L::kPieces][L::kCount];  // the gates' sigmoids
+    float sums[2 * kRows] = {};                  // of x x, and of h x
+    const auto load = [&](int64_t i) {
+      x.load(p.x, p, row + L::group(), i);
+      d_y.load(p.d_y, p, row + L::group(), i);
+      if constexpr (kGated) gate.load(p.gate, p, row + L::group(), i);
+      if constexpr (!L::kOnce) load_weight<L>(p, i, weight);
+    };
+    for (int64_t i = first; i < p.D || L::kOnce; i += L::kColumns) {
+      load(i);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int k = 0; k < L::kPieces; ++k) {
+          float values[L::kCount], h[L::kCount];
+          unpack(x.pieces[r][k], values);
+          unpack(d_y.pieces[r][k], h);
+          if constexpr (kGated) {
+            float z[L::kCount];
+            unpack(gate.pieces[r][k], z);
+#pragma unroll
+            for (int j = 0; j < L::kCount; ++j) {
+              active[r][k][j] = sigmoid(z[j]);
+              h[j] *= z[j] * active[r][k][j];
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < L::kCount; ++j) {
+            sums[r] = fmaf(values[j], values[j], sums[r]);
+            sums[kRows + r] = fmaf(h[j] * weight[k][j], values[j], sums[kRows + r]);
+          }
+        }
+      }
+      if constexpr (L::kOnce) break;
+    }
+    row_sums<L::kThreads>(sums);
+    float factor[kRows], mean[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      factor[r] = row_factor(p, sums[r]);
+      mean[r] = sums[kRows + r] * factor[r] * per_row(p);
+    }
+    for (int64_t i = first; i < p.D; i += L::kColumns) {
+      if constexpr (!L::kOnce) {
+        load(i);
+#pragma unroll
+        for (int k = 0; k < L::kPieces; ++k) {
+#pragma unroll
+          for (int j = 0; j < L::kCount; ++j) d_weight[k][j] = 0.0F;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t m = row + L::group() + r * L::kGroups;
+#pragma unroll
+        for (int k = 0; k < L::kPieces; ++k) {
+          const int64_t column = i + k * L::kStep;
+          if (m >= p.M || column >= p.D) continue;
+          float normed[L::kCount], h[L::kCount];
+          unpack(x.pieces[r][k], normed);
+          unpack(d_y.pieces[r][k], h);
+#pragma unroll
+          for (int j = 0; j < L::kCount; ++j) normed[j] *= factor[r];
+          if constexpr (kGated) {
+            float z[L::kCount], d_gate[L::kCount];
+            unpack(gate.pieces[r][k], z);
+#pragma unroll
+            for (int j = 0; j < L::kCount; ++j) {
+              const float s = L::kOnce ? active[r][k][j] : sigmoid(z[j]);
+              d_gate[j] = h[j] * weight[k][j] * normed[j] * silu_gradient(z[j], s);
+              h[j] *= z[j] * s;
+            }
+            store_piece<L>(p.d_gate, m, column, d_gate);
+          }
+          float d_x[L::kCount];
+#pragma unroll
+          for (int j = 0; j < L::kCount; ++j) {
+            d_weight[k][j] = fmaf(h[j], normed[j], d_weight[k][j]);
+            d_x[j] = factor[r] * (h[j] * weight[k][j] - normed[j] * mean[r]);
+          }
+          store_piece<L>(p.d_x, m, column, d_x);
+        }
+      }
+      if constexpr (L::kOnce) break;
+      if (parts == nullptr) continue;
+      static_assert(L::kOnce || L::kGroups == 1);
+#pragma unroll
+      for (int k = 0; k < L::kPieces; ++k) {
+#pragma unroll
+        for (int j = 0; j < L::kCount; ++j) {
+          const int64_t column = i + k * L::kStep + j;
+          if (column >= p.D) continue;
+          float* sum = parts + blockIdx.x * p.D + column;
+          *sum = first_rows ? d_weight[k][j] : *sum + d_weight[k][j];
+        }
+      }
+    }
+    first_rows = false;
+  }
+  if (parts == nullptr || !L::kOnce) return;
+  // The sums of the groups of the block, column by column.
+  if constexpr (L::kOnce) {
+    __shared__ float groups[L::kGroups][L::kColumns];
+#pragma unroll
+    for (int k = 0; k < L::kPieces; ++k) {
+#pragma unroll
+      for (int j = 0; j < L::kCount; ++j) {
+        groups[L::group()][first + k * L::kStep + j] = d_weight[k][j];
+      }
+    }
+    __syncthreads();
+    for (int column = static_cast<int>(threadIdx.x); column < p.D; column += kBlock) {
+      float sum = 0.0F;
+#pragma unroll
+      for (int g = 0; g < L::kGroups; ++g) sum += groups[g][column];
+      parts[blockIdx.x * p.D + column] = sum;
+    }
+  }
+}
+
+struct WriteWeightGradient {
+  float* d_weight;
+  __device__ void operator()(int64_t column, float sum) const { d_weight[column] = sum; }
 };
 
-/// kOnce: D is at most kThreads kCount, so each thread has one piece of a row.
-template <typename T, int kCount, int kThreads, bool kOnce>
-__global__ void __launch_bounds__(kBlock) norm_kernel(NormForward p) {
-  const GroupRow<kThreads> row(p.M);
-  const int64_t first = threadIdx.x % kThreads * kCount;
-  Columns<T, kCount> kept;
-  float squares = 0.0F;
-  for (int64_t i = first; i < p.D; i += kThreads * kCount) {
-    if constexpr (kOnce) {
-      kept = Columns<T, kCount>(p, row.m, i);
-    } else {
-      load<kCount>(static_cast<const T*>(p.x.data) + row.m * p.x.stride + i, kept.x);
-    }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) squares = fmaf(kept.x[j], kept.x[j], squares);
-  }
-  const float r = row_factor(p, row_sum<kThreads>(squares));
-  if (!row.real) return;
-  for (int64_t i = first; i < p.D; i += kThreads * kCount) {
-    if constexpr (!kOnce) kept = Columns<T, kCount>(p, row.m, i);
-    float y[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      y[j] = kept.x[j] * r * kept.weight[j];
-      if (p.gate.data != nullptr) y[j] *= silu(kept.gate[j]);
-    }
-    store<kCount>(static_cast<T*>(p.y.data) + row.m * p.y.stride + i, y);
-  }
-}
-
-template <typename T, int kCount, int kThreads, bool kOnce>
-__global__ void __launch_bounds__(kBlock) norm_backward_kernel(NormBackward p, float* factors) {
-  const GroupRow<kThreads> row(p.M);
-  const int64_t first = threadIdx.x % kThreads * kCount;
-  const T* d_y_row = static_cast<const T*>(p.d_y.data) + row.m * p.d_y.stride;
-  Columns<T, kCount> kept;
-  float d_y[kCount];
-  float squares = 0.0F, products = 0.0F;  // of x x and h x
-  for (int64_t i = first; i < p.D; i += kThreads * kCount) {
-    kept = Columns<T, kCount>(p, row.m, i);
-    load<kCount>(d_y_row + i, d_y);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float active = p.gate.data != nullptr ? silu(kept.gate[j]) : 1.0F;
-      squares = fmaf(kept.x[j], kept.x[j], squares);
-      products = fmaf(d_y[j] * kept.weight[j] * active, kept.x[j], products);
-    }
-  }
-  const float r = row_factor(p, row_sum<kThreads>(squares));
-  const float mean = row_sum<kThreads>(products) * r * per_row(p);
-  if (!row.real) return;
-  if (factors != nullptr && threadIdx.x % kThreads == 0) factors[row.m] = r;
-  for (int64_t i = first; i < p.D; i += kThreads * kCount) {
-    if constexpr (!kOnce) {
-      kept = Columns<T, kCount>(p, row.m, i);
-      load<kCount>(d_y_row + i, d_y);
-    }
-    float d_x[kCount], d_gate[kCount];
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float normed = kept.x[j] * r;
-      float h = d_y[j] * kept.weight[j];
-      if (p.gate.data != nullptr) {
-        d_gate[j] = h * normed * silu_gradient(kept.gate[j]);
-        h *= silu(kept.gate[j]);
-      }
-      d_x[j] = r * (h - normed * mean);
-    }
-    store<kCount>(static_cast<T*>(p.d_x.data) + row.m * p.d_x.stride + i, d_x);
-    if (p.gate.data != nullptr) {
-      store<kCount>(static_cast<T*>(p.d_gate.data) + row.m * p.d_gate.stride + i, d_gate);
-    }
-  }
-}
-
-/// parts [row parts, D]: the sums of d_y silu(gate) x r over the rows of each part.
-template <typename T, int kCount>
-__global__ void __launch_bounds__(kColumnWarps* kWarp)
-    weight_gradient_kernel(NormBackward p, const float* factors, int64_t rows, float* parts) {
-  const int64_t i = (int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp) * kCount;
-  const int64_t end = min(p.M, (blockIdx.y + 1) * rows);
-  float sum[kCount] = {};
-  if (i < p.D) {
-#pragma unroll 4
-    for (int64_t m = blockIdx.y * rows + threadIdx.x / kWarp; m < end; m += kColumnWarps) {
-      float x[kCount], d_y[kCount], gate[kCount];
-      load<kCount>(static_cast<const T*>(p.x.data) + m * p.x.stride + i, x);
-      load<kCount>(static_cast<const T*>(p.d_y.data) + m * p.d_y.stride + i, d_y);
-      if (p.gate.data != nullptr) {
-        load<kCount>(static_cast<const T*>(p.gate.data) + m * p.gate.stride + i, gate);
-      }
-      const float factor = factors[m];
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (p.gate.data != nullptr) d_y[j] *= silu(gate[j]);
-        sum[j] = fmaf(d_y[j], x[j] * factor, sum[j]);
-      }
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const float total = sum_over_warps(sum[j]);
-    if (threadIdx.x < kWarp && i < p.D) parts[blockIdx.y * p.D + i + j] = total;
-  }
-}
-
-/// Calls body with the element type, the vector length, the threads a row and whether they hold it
-/// at once as constants.
-template <typename Problem, typename Body>
-void with_row_shape(const Problem& p, const auto& aligned, const Body& body) {
+/// Calls body with the layout of the problem's rows.
+template <typename Body>
+void with_layout(const NormProblem& p, const auto& aligned, const Body& body) {
   with_element_type(p.dtype, [&]<typename T>(T*) {
-    const auto with_count = [&]<int kCount>() {
-      if (p.D <= kHalfWarp * kCount) {
-        body.template operator()<T, kCount, kHalfWarp, true>();
-      } else if (p.D <= kWarp * kCount) {
-        body.template operator()<T, kCount, kWarp, true>();
-      } else if (p.D <= kWarpColumns) {
-        body.template operator()<T, kCount, kWarp, false>();
-      } else if (p.D <= kBlock * kCount) {
-        body.template operator()<T, kCount, kBlock, true>();
-      } else {
-        body.template operator()<T, kCount, kBlock, false>();
-      }
+    const auto call = [&]<int kCount, int kThreads, int kPieces, bool kOnce = true>() {
+      body.template operator()<Layout<T, kCount, kThreads, kPieces, kOnce>>();
     };
-    if (p.D % kVector<T> == 0 && aligned.template operator()<T>()) {
-      with_count.template operator()<kVector<T>>();
-    } else {
-      with_count.template operator()<1>();
+    constexpr int kCount = kVector<T>;
+    if (p.D % kCount != 0 || !aligned.template operator()<T>()) {
+      if (p.D <= 4 * kWarp) return call.template operator()<1, kWarp, 4>();
+      return call.template operator()<1, kBlock, 4, false>();
     }
+    if (p.D <= kCount * kWarp / 2) return call.template operator()<kCount, kWarp / 2, 1>();
+    if (p.D <= kCount * kWarp) return call.template operator()<kCount, kWarp, 1>();
+    if (p.D <= kCount * kWarp * 2) return call.template operator()<kCount, kWarp, 2>();
+    if (p.D <= kCount * kBlock / 2) return call.template operator()<kCount, kBlock / 2, 1>();
+    if (p.D <= kCount * kBlock) return call.template operator()<kCount, kBlock, 1>();
+    if (p.D <= kCount * kBlock * 2) return call.template operator()<kCount, kBlock, 2>();
+    call.template operator()<kCount, kBlock, 2, false>();
   });
 }
 
@@ -188,8 +309,9 @@ bool inputs_aligned(const NormProblem& p) {
          (p.gate.data == nullptr || rows_aligned<T>(p.gate.data, p.gate.stride, 16));
 }
 
-unsigned blocks(int64_t M, int threads) {
-  return static_cast<unsigned>(divide_up(M, kBlock / threads));
+/// Parts of the gradient of the weight: as many blocks as run at once.
+int64_t part_count(const NormProblem& p) {
+  return std::min<int64_t>(p.M, multiprocessors() * backward_blocks(p.gate.data != nullptr));
 }
 
 }  // namespace
@@ -199,50 +321,42 @@ void norm(const NormForward& p, Stream stream) {
   const auto aligned = [&]<typename T>() {
     return inputs_aligned<T>(p) && rows_aligned<T>(p.y.data, p.y.stride, 16);
   };
-  with_row_shape(p, aligned, [&]<typename T, int kCount, int kThreads, bool kOnce>() {
-    norm_kernel<T, kCount, kThreads, kOnce><<<blocks(p.M, kThreads), kBlock, 0, stream>>>(p);
+  with_layout(p, aligned, [&]<typename L>() {
+    const auto launch = [&]<bool kGated>() {
+      constexpr int kRows = L::kGroups * L::rows(4, kGated ? 2 : 1);
+      norm_kernel<L, kGated>
+          <<<static_cast<unsigned>(divide_up(p.M, kRows)), kBlock, 0, stream>>>(p);
+    };
+    p.gate.data == nullptr ? launch.template operator()<false>()
+                           : launch.template operator()<true>();
   });
   check_launch("norm");
 }
 
 int64_t norm_backward_scratch(const NormBackward& p) {
-  if (p.d_weight == nullptr) return 0;
-  return scratch_floats(p.M) + scratch_floats(row_parts(p.M).count * p.D);
+  return p.d_weight == nullptr ? 0 : scratch_floats(part_count(p) * p.D);
 }
 
 void norm_backward(const NormBackward& p, void* scratch, Stream stream) {
   if (p.D == 0) return;
-  auto* factors = p.d_weight == nullptr ? nullptr : static_cast<float*>(scratch);
+  auto* parts = p.d_weight == nullptr ? nullptr : static_cast<float*>(scratch);
   const auto aligned = [&]<typename T>() {
     return inputs_aligned<T>(p) && rows_aligned<T>(p.d_y.data, p.d_y.stride, 16) &&
            rows_aligned<T>(p.d_x.data, p.d_x.stride, 16) &&
            (p.gate.data == nullptr || rows_aligned<T>(p.d_gate.data, p.d_gate.stride, 16));
   };
+  const int64_t count = part_count(p);
   if (p.M > 0) {
-    with_row_shape(p, aligned, [&]<typename T, int kCount, int kThreads, bool kOnce>() {
-      norm_backward_kernel<T, kCount, kThreads, kOnce>
-          <<<blocks(p.M, kThreads), kBlock, 0, stream>>>(p, factors);
+    const auto blocks = static_cast<unsigned>(count);
+    with_layout(p, aligned, [&]<typename L>() {
+      p.gate.data == nullptr
+          ? norm_backward_kernel<L, false><<<blocks, kBlock, 0, stream>>>(p, parts)
+          : norm_backward_kernel<L, true><<<blocks, kBlock, 0, stream>>>(p, parts);
     });
     check_launch("norm_backward");
   }
   if (p.d_weight == nullptr) return;
-  const RowParts parts = row_parts(p.M);
-  float* sums = factors + scratch_floats(p.M) / 4;
-  with_element_type(p.dtype, [&]<typename T>(T*) {
-    const auto launch = [&]<int kCount>() {
-      const dim3 grid(static_cast<unsigned>(divide_up(p.D, kWarp * kCount)),
-                      static_cast<unsigned>(parts.count));
-      weight_gradient_kernel<T, kCount>
-          <<<grid, kColumnWarps * kWarp, 0, stream>>>(p, factors, parts.rows, sums);
-    };
-    if (p.D % 4 == 0 && aligned.template operator()<T>()) {
-      launch.template operator()<4>();
-    } else {
-      launch.template operator()<1>();
-    }
-  });
-  check_launch("norm_backward, weight");
-  add_parts(sums, parts.count, p.D, static_cast<float*>(p.d_weight), stream);
+  add_parts(parts, count, p.D, stream, WriteWeightGradient{static_cast<float*>(p.d_weight)});
 }
 
 }  // namespace gdn::kernels::cuda

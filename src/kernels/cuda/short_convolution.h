@@ -6,7 +6,7 @@
 
 namespace gdn::kernels::cuda {
 
-/// One launch where each sequence is a batch row of at most 32 tokens, as in decoding; else the
+/// One launch where each sequence is a batch row of at most 64 tokens, as in decoding; else the
 /// final state takes another one.
 void short_convolution(const ShortConvolutionForward& p, Stream stream);
 
