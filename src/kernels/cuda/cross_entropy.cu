@@ -1,4 +1,7 @@
-// Cross-entropy, a block a row of logits. The second pass over a row comes from the cache.
+// Cross-entropy, a block a row of logits, which it reads once: each thread keeps the largest logit
+// it has seen and the sum of the exponentials of the others' distances to it.
+#include <cfloat>
+
 #include <gdn/kernels/cuda/cross_entropy.h>
 #include <gdn/kernels/cuda/device.cuh>
 
@@ -22,22 +25,22 @@ __global__ void __launch_bounds__(kBlock) cross_entropy_kernel(CrossEntropyForwa
       continue;
     }
     const T* row = static_cast<const T*>(p.logits.data) + m * p.logits.stride;
-    float largest = -INFINITY;
+    float largest = -FLT_MAX, sum = 0.0F;  // finite: -infinity less itself is no number
+#pragma unroll 4
     for (int64_t i = threadIdx.x * kCount; i < p.vocabulary; i += kBlock * kCount) {
       float x[kCount];
-      load<kCount>(row + i, x);
+      unpack(load_constant<kCount>(row + i), x);
+      float next = largest;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) largest = fmaxf(largest, x[j]);
+      for (int j = 0; j < kCount; ++j) next = fmaxf(next, x[j]);
+      sum *= exp2_fast(kLog2E * (largest - next));
+      largest = next;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum += exp2_fast(kLog2E * (x[j] - largest));
     }
+    const float thread_largest = largest;
     largest = block_max<kBlock>(largest);
-    float sum = 0.0F;
-    for (int64_t i = threadIdx.x * kCount; i < p.vocabulary; i += kBlock * kCount) {
-      float x[kCount];
-      load<kCount>(row + i, x);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) sum += expf(x[j] - largest);
-    }
-    sum = row_sum<kBlock>(sum);
+    sum = row_sum<kBlock>(sum * exp2_fast(kLog2E * (thread_largest - largest)));
     if (threadIdx.x == 0) {
       total[m] = largest + logf(sum);
       loss[m] = in_vocabulary(p, target) ? total[m] - to_float(row[target]) : NAN;
