@@ -5,6 +5,8 @@
 
 #include <gdn/kernels/cuda/choice.h>
 #include <gdn/kernels/cuda/gated_delta_rule_plan.h>
+#include <gdn/kernels/cuda/small_batch_linear.h>
+#include <gdn/kernels/cuda/small_batch_linear_plan.h>
 
 namespace gdn::kernels::cuda {
 namespace {
@@ -150,6 +152,85 @@ TEST(CudaPlan, KeepsGridsWithinTheirLimits) {
   const WavePlan one = plan_waves(p, 100000, [](int64_t) { return 2 * kScratchGoal; });
   EXPECT_EQ(one.pairs, 1);  // less is not possible
   EXPECT_EQ(one.groups, 4);
+}
+
+/// The output projection of a layer of the paper's: 3072 inputs in groups of 512, gated.
+SmallBatchLinear linear_request(int64_t M) {
+  alignas(16) static char aligned[16];
+  SmallBatchLinear p;
+  p.M = M;
+  p.N = 2048;
+  p.D = 3072;
+  p.x = {aligned, 3072};
+  p.weight = p.norm_weight = aligned;
+  p.norm_size = 512;
+  p.gate = {aligned, 9232};
+  p.y = {aligned, 2048};
+  return p;
+}
+
+constexpr int64_t kShared = 227 << 10;
+
+void expect_refused(const SmallBatchLinear& p, ComputeCapability capability, int64_t shared_bytes,
+                    const std::string& reason) {
+  const std::string why_not = why_not_small_batch_linear(p, capability, shared_bytes);
+  EXPECT_NE(why_not.find(reason), std::string::npos) << why_not;
+}
+
+TEST(SmallBatchLinearChoice, ServesFewAlignedRowsOf16Bits) {
+  SmallBatchLinear p = linear_request(1);
+  EXPECT_EQ(why_not_small_batch_linear(p, kHopper, kShared), "");
+  EXPECT_EQ(why_not_small_batch_linear(p, kAmpere, kShared), "");
+  expect_refused(p, kTuring, kShared, "7.5");
+  p.gate.stride = 9228;  // of one row it does not matter
+  EXPECT_EQ(why_not_small_batch_linear(p, kHopper, kShared), "");
+  p.M = 2;
+  expect_refused(p, kHopper, kShared, "16 bytes");
+  expect_refused(linear_request(3), kHopper, kShared, "faster on its own");
+  p = linear_request(8);
+  p.norm_weight = nullptr;
+  p.gate = {};
+  EXPECT_EQ(why_not_small_batch_linear(p, kHopper, kShared), "");
+  expect_refused(p, kHopper, 99 << 10, "do not fit shared memory");
+  p.dtype = DType::f32;
+  expect_refused(p, kHopper, kShared, "not bf16 or fp16");
+  expect_refused(linear_request(9), kHopper, kShared, "9 rows");
+  p = linear_request(1);
+  p.taps = 5;
+  expect_refused(p, kHopper, kShared, "5 taps");
+}
+
+TEST(SmallBatchLinearChoice, NormsOfWholeRowsOfBf16MultiplyTheProducts) {
+  using Norm = SmallBatchLinearPlan::Norm;
+  SmallBatchLinear p = linear_request(1);
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::groups);
+  p.norm_size = p.D;
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::groups);  // the gate follows the factor
+  p.gate = {};
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::rows);
+  p.dtype = DType::f16;
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::groups);
+  p.dtype = DType::bf16;
+  p.D = p.norm_size = 3080;  // sums of squares cross warps
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::groups);
+  p.norm_weight = nullptr;
+  EXPECT_EQ(plan_small_batch_linear(p).norm, Norm::none);
+}
+
+TEST(SmallBatchLinearChoice, WarpsSplitDAndPadIt) {
+  for (const int64_t D : {8, 1024, 1032, 2048, 5632}) {
+    SmallBatchLinear p = linear_request(2);
+    p.D = D;
+    p.N = 9228;
+    const SmallBatchLinearPlan plan = plan_small_batch_linear(p);
+    EXPECT_GE(kLinearWarps * plan.slice, D);
+    EXPECT_LT(kLinearWarps * plan.slice, D + kLinearWarps * kLinearStage * kLinearStep);
+    EXPECT_EQ(plan.slice, plan.stages * kLinearStage * kLinearStep);
+    EXPECT_EQ(plan.stride * 2 % 128, 64);  // rows on the banks' two halves in turn
+    EXPECT_EQ(plan.tiles, 1154);
+    p.swiglu = true;
+    EXPECT_EQ(plan_small_batch_linear(p).tiles, 2307);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The gate g = -exp(A_log) softplus(a + dt_bias) and its gradients. A thread has the elements of
 // one value head in every kBlock / HV'th row, where that many heads fit a block.
 #include <gdn/kernels/cuda/column_sums.cuh>
+#include <gdn/kernels/cuda/gate.cuh>
 #include <gdn/kernels/cuda/gate.h>
 
 namespace gdn::kernels::cuda {
@@ -8,8 +9,6 @@ namespace {
 
 constexpr int kBlock = 256;
 constexpr int kRows = 4;  // of a thread at once
-
-__device__ float softplus(float x) { return fmaxf(x, 0.0F) + log1pf(expf(-fabsf(x))); }
 
 /// The elements of a block: up to kBlock heads of a range of rows. Grid: heads, then ranges.
 struct Range {
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kBlock) gate_kernel(GateForward p, int64_t row
     for (int r = 0; r < kRows; ++r) {
       if (!range.has(m, r)) continue;
       const float x = to_float(a[r]) + bias;
-      static_cast<float*>(p.g)[range.index(m, r)] = isnan(x) ? x : minus_rate * softplus(x);
+      static_cast<float*>(p.g)[range.index(m, r)] = log_decay(x, minus_rate);
     }
   }
 }

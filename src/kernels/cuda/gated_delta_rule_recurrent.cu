@@ -1,74 +1,85 @@
-// Recurrent forward of the gated delta rule: the kernel for decoding. Each block holds 32 columns
+// Recurrent forward of the gated delta rule: the kernel for decoding. Each block holds some columns
 // of V of one state in registers: one read of the state, all tokens, one write.
 //
 //   r = exp(g) S^T k      u = beta (v - r)      o = scale (exp(g) S^T q + u (k . q))
 //   S <- exp(g) S + k u^T
 //
-// Both products with the state come from one pass over its old value. A thread owns 4 columns v and
-// kRows rows k of the state, so that it accesses 16 bytes at once in either layout:
+// Both products with the state come from one pass over its old value. A thread owns kOwn columns v
+// and kRows rows k of the state, so that it accesses 16 bytes at once in either layout:
 //
-//   [K, V]: 8 lanes along v, 4 each; the warp's 4 rows of lanes and the 8 warps along k
-//   [V, K]: a warp's lanes along k, 4 each; 4 rows v a warp
+//   [K, V]: kLanes lanes along v, 4 each; a warp's other lanes and the warps along k
+//   [V, K]: a warp's lanes along k, 4 each; kOwn rows v a warp
 #include <gdn/kernels/cuda/device.cuh>
+#include <gdn/kernels/cuda/gate.cuh>
 #include <gdn/kernels/cuda/gated_delta_rule.h>
+#include <gdn/kernels/cuda/gated_delta_rule_recurrent.h>
+#include <gdn/kernels/cuda/overlap.cuh>
 
 namespace gdn::kernels::cuda {
 namespace {
 
-constexpr int kBlock = 256;
-constexpr int kWarps = kBlock / kWarp;
-constexpr int kColumns = 32;  // of V, a block
-constexpr int kOwn = 4;       // of V, a thread
 constexpr float kL2NormEps = 1e-6F;
 
-/// Which elements of the state a thread owns.
-template <bool kVFirst>
-struct Ownership {
-  int64_t v;  // first of kOwn columns
+/// How a block's part of the state lies in its threads.
+template <bool kVFirst_, int kThreads_, int kRows_, int kLanes_ = 8, int kOwn_ = 4,
+          int kBlocks_ = 1>
+struct Tile {
+  static constexpr bool kVFirst = kVFirst_;
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kRows = kRows_;    // of K, a thread
+  static constexpr int kLanes = kLanes_;  // of a warp along V, with [K, V]
+  static constexpr int kOwn = kOwn_;      // of V, a thread
+  static constexpr int kColumns = kVFirst ? kWarps * kOwn : kLanes * kOwn;  // of V, a block
+  static constexpr int kBlocks = kBlocks_;                                  // a multiprocessor
+  static_assert(kVFirst || kOwn == 4);
+
+  int64_t v;  // first of a thread's kOwn columns
   int k;      // first row
 
-  __device__ Ownership() {
+  __device__ Tile() {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int64_t tile = int64_t{blockIdx.y} * kColumns;
+    const int64_t first = int64_t{blockIdx.y} * kColumns;
     if constexpr (kVFirst) {
-      v = tile + warp * kOwn;
+      v = first + warp * kOwn;
       k = lane * 4;
     } else {
-      v = tile + lane % 8 * kOwn;
-      k = warp * 4 + lane / 8;
+      v = first + lane % kLanes * kOwn;
+      k = warp * (kWarp / kLanes) + lane / kLanes;
     }
   }
   /// The i-th row.
-  __device__ int row(int i) const { return kVFirst ? k + i / 4 * 128 + i % 4 : k + i * 32; }
+  __device__ int row(int i) const {
+    return kVFirst ? k + i / 4 * 128 + i % 4 : k + i * (kThreads / kLanes);
+  }
 };
 
 /// Calls body(first element in memory, i, w, step in i, step in w) for each 16 bytes that a thread
 /// owns: elements (i, w), (i + step in i, w + step in w), ... four of them.
-template <bool kVFirst, int kRows, typename Body>
-__device__ __forceinline__ void for_quads(const Ownership<kVFirst>& own, int64_t K, int64_t V,
-                                          const Body& body) {
-  if constexpr (kVFirst) {
+template <typename Tile, typename Body>
+__device__ __forceinline__ void for_quads(const Tile& own, int64_t K, int64_t V, const Body& body) {
+  if constexpr (Tile::kVFirst) {
 #pragma unroll
-    for (int w = 0; w < kOwn; ++w) {
+    for (int w = 0; w < Tile::kOwn; ++w) {
 #pragma unroll
-      for (int i = 0; i < kRows; i += 4) body((own.v + w) * K + own.row(i), i, w, 1, 0);
+      for (int i = 0; i < Tile::kRows; i += 4) body((own.v + w) * K + own.row(i), i, w, 1, 0);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) body(own.row(i) * V + own.v, i, 0, 0, 1);
+    for (int i = 0; i < Tile::kRows; ++i) body(own.row(i) * V + own.v, i, 0, 0, 1);
   }
 }
 
-template <bool kVFirst, int kRows, bool kVectors>
-__device__ __forceinline__ void load_state(const float* state, const Ownership<kVFirst>& own,
-                                           int64_t K, int64_t V, float (&s)[kRows][kOwn]) {
+template <bool kVectors, typename Tile>
+__device__ __forceinline__ void load_state(const float* state, const Tile& own, int64_t K,
+                                           int64_t V, float (&s)[Tile::kRows][Tile::kOwn]) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < Tile::kRows; ++i) {
 #pragma unroll
-    for (int w = 0; w < kOwn; ++w) s[i][w] = 0.0F;
+    for (int w = 0; w < Tile::kOwn; ++w) s[i][w] = 0.0F;
   }
   if (state == nullptr) return;
-  for_quads<kVFirst, kRows>(own, K, V, [&](int64_t at, int i, int w, int di, int dw) {
+  for_quads(own, K, V, [&](int64_t at, int i, int w, int di, int dw) {
     if constexpr (kVectors) {
       if (own.row(i) >= K || own.v + w >= V) return;
       const float4 quad = *reinterpret_cast<const float4*>(state + at);
@@ -87,11 +98,10 @@ __device__ __forceinline__ void load_state(const float* state, const Ownership<k
   });
 }
 
-template <bool kVFirst, int kRows, bool kVectors>
-__device__ __forceinline__ void store_state(const float (&s)[kRows][kOwn],
-                                            const Ownership<kVFirst>& own, int64_t K, int64_t V,
-                                            float* state) {
-  for_quads<kVFirst, kRows>(own, K, V, [&](int64_t at, int i, int w, int di, int dw) {
+template <bool kVectors, typename Tile>
+__device__ __forceinline__ void store_state(const float (&s)[Tile::kRows][Tile::kOwn],
+                                            const Tile& own, int64_t K, int64_t V, float* state) {
+  for_quads(own, K, V, [&](int64_t at, int i, int w, int di, int dw) {
     if constexpr (kVectors) {
       if (own.row(i) >= K || own.v + w >= V) return;
       *reinterpret_cast<float4*>(state + at) = make_float4(
@@ -108,23 +118,27 @@ __device__ __forceinline__ void store_state(const float (&s)[kRows][kOwn],
 }
 
 /// One token's q and k in fp32, normalised where asked for, and sums over threads.
+template <typename Tile>
 struct Shared {
   float q[kMaxKeySize], k[kMaxKeySize];
-  float norms[2][kWarps];
-  float key_query[kWarps];
-  float sums[kWarps][kWarp / 4][2 * kOwn];  // of the warps, by the 8 lanes along v
+  float norms[2][Tile::kWarps];
+  float key_query[Tile::kWarps];
+  // With [K, V], the products with the state: of the warps, and of all rows.
+  static constexpr int kProducts = Tile::kVFirst ? 0 : 2 * Tile::kColumns;
+  alignas(16) float parts[Tile::kVFirst ? 1 : Tile::kWarps][Tile::kVFirst ? 4 : kProducts];
+  alignas(16) float products[Tile::kVFirst ? 4 : kProducts];
 };
 
-template <typename T>
+template <typename T, typename Tile>
 __device__ void load_keys(const GatedDeltaRuleForward& p, int64_t b, int64_t t, int64_t h,
-                          Shared& shared) {
+                          Shared<Tile>& shared) {
   const T* q =
       static_cast<const T*>(p.q.data) + b * p.q.stride_b + t * p.q.stride_t + h * p.q.stride_h;
   const T* k =
       static_cast<const T*>(p.k.data) + b * p.k.stride_b + t * p.k.stride_t + h * p.k.stride_h;
   const int warp = threadIdx.x / kWarp;
   float qq = 0.0F, kk = 0.0F, kq = 0.0F;
-  for (int i = threadIdx.x; i < p.K; i += kBlock) {
+  for (int i = threadIdx.x; i < p.K; i += Tile::kThreads) {
     const float x = to_float(q[i]), y = to_float(k[i]);
     shared.q[i] = x;
     shared.k[i] = y;
@@ -142,27 +156,46 @@ __device__ void load_keys(const GatedDeltaRuleForward& p, int64_t b, int64_t t, 
   }
 }
 
-template <typename T, bool kVFirst, int kRows, bool kVectors>
-__global__ void __launch_bounds__(kBlock) recurrent_kernel(GatedDeltaRuleForward p) {
-  __shared__ Shared shared;
+/// The decay and the write strength of a token.
+struct Gates {
+  float decay, beta;
+};
+
+template <typename T>
+__device__ Gates load_gates(const RecurrentGatedDeltaRule& p, int64_t b, int64_t t, int64_t h) {
+  if (p.A_log == nullptr) {
+    const int64_t i = (b * p.T + t) * p.HV + h;
+    return {expf(static_cast<const float*>(p.g)[i]), static_cast<const float*>(p.beta)[i]};
+  }
+  const auto at = [&](const ConstView3& x) {
+    return to_float(static_cast<const T*>(x.data)[b * x.stride_b + t * x.stride_t + h]);
+  };
+  return {expf(log_decay(at(p.a) + p.dt_bias[h], -expf(p.A_log[h]))),
+          p.beta_factor * sigmoid(at(p.beta_logits))};
+}
+
+template <typename T, typename Tile, bool kVectors>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    recurrent_kernel(RecurrentGatedDeltaRule p) {
+  constexpr int kWarps = Tile::kWarps, kRows = Tile::kRows, kOwn = Tile::kOwn;
+  __shared__ Shared<Tile> shared;
   const int64_t n = blockIdx.x / p.HV, h = blockIdx.x % p.HV;
   const int64_t b = p.cu_seqlens == nullptr ? n : 0;
   const int64_t begin = p.cu_seqlens == nullptr ? 0 : p.cu_seqlens[n];
   const int64_t end = p.cu_seqlens == nullptr ? p.T : p.cu_seqlens[n + 1];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const Ownership<kVFirst> own;
+  const Tile own;
   const int64_t state = (n * p.HV + h) * p.K * p.V;
 
   float s[kRows][kOwn];
   const auto* initial = static_cast<const float*>(p.initial_state);
-  load_state<kVFirst, kRows, kVectors>(initial == nullptr ? nullptr : initial + state, own, p.K,
-                                       p.V, s);
+  load_state<kVectors>(initial == nullptr ? nullptr : initial + state, own, p.K, p.V, s);
+  wait_for_previous();
+  let_next_start();
   for (int64_t t = begin; t < end; ++t) {
     __syncthreads();  // the last token's keys and sums have been read
     load_keys<T>(p, b, t, h / (p.HV / p.H), shared);
-    const int64_t gate = (b * p.T + t) * p.HV + h;
-    const float decay = expf(static_cast<const float*>(p.g)[gate]);
-    const float beta = static_cast<const float*>(p.beta)[gate];
+    const auto [decay, beta] = load_gates<T>(p, b, t, h);
     float v[kOwn];
     const T* values =
         static_cast<const T*>(p.v.data) + b * p.v.stride_b + t * p.v.stride_t + h * p.v.stride_h;
@@ -186,7 +219,7 @@ __global__ void __launch_bounds__(kBlock) recurrent_kernel(GatedDeltaRuleForward
     key_query *= q_factor * k_factor;
 
     // Both products with the old state: this thread's rows, then all of them.
-    float k[kRows], sums[2 * kOwn] = {};
+    float k[kRows], with_k[kOwn] = {}, with_q[kOwn] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = own.row(i);
@@ -194,95 +227,112 @@ __global__ void __launch_bounds__(kBlock) recurrent_kernel(GatedDeltaRuleForward
       const float q = row < p.K ? shared.q[row] : 0.0F;
 #pragma unroll
       for (int w = 0; w < kOwn; ++w) {
-        sums[w] = fmaf(s[i][w], k[i], sums[w]);
-        sums[kOwn + w] = fmaf(s[i][w], q, sums[kOwn + w]);
+        with_k[w] = fmaf(s[i][w], k[i], with_k[w]);
+        with_q[w] = fmaf(s[i][w], q, with_q[w]);
       }
     }
 #pragma unroll
-    for (int d = kVFirst ? 1 : 8; d < kWarp; d *= 2) {
+    for (int d = Tile::kVFirst ? 1 : Tile::kLanes; d < kWarp; d *= 2) {
 #pragma unroll
-      for (int w = 0; w < 2 * kOwn; ++w) sums[w] += __shfl_xor_sync(0xFFFFFFFFU, sums[w], d);
+      for (int w = 0; w < kOwn; ++w) {
+        with_k[w] += __shfl_xor_sync(0xFFFFFFFFU, with_k[w], d);
+        with_q[w] += __shfl_xor_sync(0xFFFFFFFFU, with_q[w], d);
+      }
     }
-    if constexpr (!kVFirst) {
-      if (lane < 8) {
-#pragma unroll
-        for (int w = 0; w < 2 * kOwn; ++w) shared.sums[warp][lane][w] = sums[w];
+    if constexpr (!Tile::kVFirst) {
+      constexpr int kColumns = Tile::kColumns;
+      const int column = lane % Tile::kLanes * kOwn;
+      if (lane < Tile::kLanes) {
+        store<kOwn>(&shared.parts[warp][column], with_k);
+        store<kOwn>(&shared.parts[warp][kColumns + column], with_q);
       }
       __syncthreads();
+      for (int i = threadIdx.x; i < 2 * kColumns; i += Tile::kThreads) {
+        float sum = 0.0F;
 #pragma unroll
-      for (int w = 0; w < 2 * kOwn; ++w) {
-        sums[w] = 0.0F;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) sums[w] += shared.sums[i][lane % 8][w];
+        for (int w = 0; w < kWarps; ++w) sum += shared.parts[w][i];
+        shared.products[i] = sum;
       }
+      __syncthreads();
+      load<kOwn>(&shared.products[column], with_k);
+      load<kOwn>(&shared.products[kColumns + column], with_q);
     }
 
-    const bool writes = kVFirst ? lane == 0 : threadIdx.x < 8;
+    const bool writes = Tile::kVFirst ? lane == 0 : threadIdx.x < Tile::kLanes;
     T* o = static_cast<T*>(p.o.data) + b * p.o.stride_b + t * p.o.stride_t + h * p.o.stride_h;
 #pragma unroll
     for (int w = 0; w < kOwn; ++w) {
-      const float u = beta * (v[w] - decay * k_factor * sums[w]);
+      const float u = beta * (v[w] - decay * k_factor * with_k[w]);
       if (writes && p.o.data != nullptr && own.v + w < p.V) {
-        o[own.v + w] = from_float<T>(fmaf(decay * q_factor, sums[kOwn + w], u * key_query));
+        o[own.v + w] = from_float<T>(fmaf(decay * q_factor, with_q[w], u * key_query));
       }
       const float u_k = u * k_factor;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) s[i][w] = fmaf(decay, s[i][w], k[i] * u_k);
     }
+    if (p.token_states != nullptr) {
+      store_state<kVectors>(s, own, p.K, p.V,
+                            p.token_states + ((b * p.T + t) * p.HV + h) * p.K * p.V);
+    }
   }
   if (p.final_state != nullptr) {
-    store_state<kVFirst, kRows, kVectors>(s, own, p.K, p.V,
-                                          static_cast<float*>(p.final_state) + state);
+    store_state<kVectors>(s, own, p.K, p.V, static_cast<float*>(p.final_state) + state);
   }
 }
 
-/// Calls body with the number of rows a thread that covers K as a constant.
+/// Calls body with the kind of tile that suits the request. What counts is the state's bytes that
+/// are on their way at once: with blocks enough for every multiprocessor, few registers a thread
+/// beside the state, and with [K, V] whole rows of V.
 template <bool kVFirst, typename Body>
-void with_rows(int64_t K, const Body& body) {
-  const int64_t rows = kVFirst ? divide_up(K, 128) * 4 : divide_up(K, 32);
-  if (rows <= 2 && !kVFirst) {
-    body.template operator()<2>();
-  } else if (rows <= 4) {
-    body.template operator()<4>();
-  } else if (rows <= 8) {
-    body.template operator()<8>();
-  } else {
-    body.template operator()<16>();
+void with_tile(const GatedDeltaRuleForward& p, const Body& body) {
+  constexpr int kNarrow = 8;  // lanes along V: 32 columns
+  if (p.K > 256) return body.template operator()<Tile<kVFirst, 256, 16>>();
+  if (p.K > 128) return body.template operator()<Tile<kVFirst, 256, 8, kNarrow, 4, 3>>();
+  if constexpr (!kVFirst) {
+    const int64_t blocks = p.N * p.HV * divide_up(p.V, 128);
+    if (p.K > 64 && p.V >= 128 &&
+        blocks >= int64_t{2} * device_attribute(cudaDevAttrMultiProcessorCount)) {
+      return body.template operator()<Tile<kVFirst, 256, 16, 32, 4, 2>>();
+    }
+    if (p.K <= 64) return body.template operator()<Tile<kVFirst, 256, 2, kNarrow, 4, 4>>();
   }
+  body.template operator()<Tile<kVFirst, 256, 4, kNarrow, 4, 4>>();
+}
+
+template <typename T, typename Tile>
+void launch_tile(const RecurrentGatedDeltaRule& p, bool vectors, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(p.N * p.HV),
+                  static_cast<unsigned>(divide_up(p.V, Tile::kColumns)));
+  launch(vectors ? recurrent_kernel<T, Tile, true> : recurrent_kernel<T, Tile, false>, grid,
+         Tile::kThreads, 0, stream, p.overlap, p);
 }
 
 }  // namespace
 
-void recurrent_gated_delta_rule(const GatedDeltaRuleForward& p, Stream stream) {
+void recurrent_gated_delta_rule(const RecurrentGatedDeltaRule& p, Stream stream) {
   if (p.K > kMaxKeySize) {
     throw std::invalid_argument("recurrent_gated_delta_rule: K must be at most 512, got " +
                                 std::to_string(p.K));
   }
   if (p.N == 0 || p.HV == 0) return;
-  const dim3 grid(static_cast<unsigned>(p.N * p.HV),
-                  static_cast<unsigned>(divide_up(p.V, kColumns)));
   const auto aligned = [](const void* state) {
     return reinterpret_cast<uintptr_t>(state) % 16 == 0;
   };
-  const bool vectors =
-      (p.state_v_first ? p.K : p.V) % 4 == 0 && aligned(p.initial_state) && aligned(p.final_state);
+  const bool vectors = (p.state_v_first ? p.K : p.V) % 4 == 0 && aligned(p.initial_state) &&
+                       aligned(p.final_state) && aligned(p.token_states);
   with_element_type(p.dtype, [&]<typename T>(T*) {
-    const auto launch = [&]<bool kVFirst>() {
-      with_rows<kVFirst>(p.K, [&]<int kRows>() {
-        if (vectors) {
-          recurrent_kernel<T, kVFirst, kRows, true><<<grid, kBlock, 0, stream>>>(p);
-        } else {
-          recurrent_kernel<T, kVFirst, kRows, false><<<grid, kBlock, 0, stream>>>(p);
-        }
-      });
-    };
+    const auto launch_any = [&]<typename Tile>() { launch_tile<T, Tile>(p, vectors, stream); };
     if (p.state_v_first) {
-      launch.template operator()<true>();
+      with_tile<true>(p, launch_any);
     } else {
-      launch.template operator()<false>();
+      with_tile<false>(p, launch_any);
     }
   });
   check_launch("recurrent_gated_delta_rule");
+}
+
+void recurrent_gated_delta_rule(const GatedDeltaRuleForward& p, Stream stream) {
+  recurrent_gated_delta_rule(RecurrentGatedDeltaRule{p}, stream);
 }
 
 }  // namespace gdn::kernels::cuda
