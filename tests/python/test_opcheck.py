@@ -71,6 +71,7 @@ def other_cases():
     d_o, fresh = torch.randn(B, T, HV, V), rule_arguments(grad=False)
     gates = (torch.randn(B, T, HV, requires_grad=True), *torch.randn(2, HV).requires_grad_())
     tail = (None, None, True, False, 64)
+    rows, rows_weight = torch.randn(2, 6), torch.randn(8, 6)
     return {
         "update": (gdn.fused_recurrent_gated_delta_rule_update, (q, k, v, g, beta, states()), {}),
         "core forward": (gdn.gated_delta_rule_forward, (*rule_arguments(), *core(False)), {}),
@@ -84,6 +85,36 @@ def other_cases():
             gdn.gated_delta_rule_update,
             (q, k, v, g, beta, states(), None, None, True, False),
             {},
+        ),
+        "step": (
+            gdn.gated_delta_rule_step,
+            (q, k, v, g, beta, states(), torch.randn(HV), torch.randn(HV)),
+            {},
+        ),
+        "token states": (
+            gdn.gated_delta_rule_token_states,
+            (q, k, v, g, beta, states(), None, True, False),
+            {},
+        ),
+        "states": (
+            gdn.fused_recurrent_gated_delta_rule_states,
+            (q, k, v, g, beta),
+            {"state_v_first": True},
+        ),
+        "small_batch_linear": (
+            gdn.small_batch_linear,
+            (rows, rows_weight, torch.rand(3), 1e-5),
+            {"gate": torch.randn(2, 6), "residual": torch.randn(2, 8)},
+        ),
+        "small_batch_linear, swiglu": (
+            gdn.small_batch_linear,
+            (rows, rows_weight),
+            {"swiglu": True},
+        ),
+        "small_batch_linear, convolution": (
+            gdn.small_batch_linear,
+            (rows, rows_weight[:5]),
+            {"conv_weight": torch.randn(4, 4), "conv_state": torch.randn(2, 4, 3)},
         ),
         "gate": (gdn.gated_delta_rule_gate, gates, {}),
         "gate backward": (

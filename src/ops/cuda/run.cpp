@@ -12,6 +12,7 @@
 #include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/cuda/norm.h>
 #include <gdn/kernels/cuda/short_convolution.h>
+#include <gdn/kernels/cuda/small_batch_linear.h>
 #include <gdn/kernels/cuda/swiglu.h>
 #include <gdn/ops/cuda/normalised_keys.h>
 #include <gdn/ops/cuda/run.h>
@@ -25,8 +26,9 @@ namespace kernel = kernels::cuda;
 /// Where a kernel runs; the device is the current one meanwhile.
 class Place {
  public:
-  Place(std::string_view op, kernels::DType dtype, c10::Device device)
-      : guard_(device), device_(device), stream_(c10::cuda::getCurrentCUDAStream()) {
+  explicit Place(c10::Device device)
+      : guard_(device), device_(device), stream_(c10::cuda::getCurrentCUDAStream()) {}
+  Place(std::string_view op, kernels::DType dtype, c10::Device device) : Place(device) {
     TORCH_CHECK_VALUE(dtype != kernels::DType::f64, op,
                       ": tensors on CUDA must be Float, BFloat16 or Half, got Double (fp64 is "
                       "computed on the CPU only)");
@@ -114,6 +116,24 @@ void run(const kernels::ShortConvolutionBackward& p, c10::Device device) {
   Place place("causal_conv1d", p.dtype, device);
   void* scratch = place.scratch(kernel::short_convolution_backward_scratch(p));
   kernel::short_convolution_backward(p, scratch, place.stream());
+}
+
+std::string why_not_small_batch_linear(const kernels::SmallBatchLinear& p, c10::Device device) {
+  const Place place(device);
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index());
+  return kernel::why_not_small_batch_linear(p, place.capability(), bytes);
+}
+
+void run(const kernels::SmallBatchLinear& p, c10::Device device) {
+  const Place place(device);
+  kernel::small_batch_linear(p, place.stream());
+}
+
+void run(const kernel::RecurrentGatedDeltaRule& p, c10::Device device) {
+  const Place place(kGatedDeltaRule, p.dtype, device);
+  accept(kernel::choose_forward(p, /*recurrent=*/true, place.capability()));
+  kernel::recurrent_gated_delta_rule(p, place.stream());
 }
 
 void run(const kernels::GatedDeltaRuleForward& p, bool recurrent, int64_t longest,

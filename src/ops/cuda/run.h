@@ -8,10 +8,12 @@
 #include <c10/core/Device.h>
 
 #include <gdn/kernels/cross_entropy.h>
+#include <gdn/kernels/cuda/gated_delta_rule_recurrent.h>
 #include <gdn/kernels/gate.h>
 #include <gdn/kernels/gated_delta_rule.h>
 #include <gdn/kernels/norm.h>
 #include <gdn/kernels/short_convolution.h>
+#include <gdn/kernels/small_batch_linear.h>
 #include <gdn/kernels/swiglu.h>
 
 namespace gdn::cuda {
@@ -27,9 +29,14 @@ void run(const kernels::CrossEntropyBackward& p, c10::Device device);
 void run(const kernels::ShortConvolutionForward& p, c10::Device device);
 void run(const kernels::ShortConvolutionBackward& p, c10::Device device);
 
+/// Why small_batch_linear() cannot serve a request there; empty if it can.
+std::string why_not_small_batch_linear(const kernels::SmallBatchLinear& p, c10::Device device);
+void run(const kernels::SmallBatchLinear& p, c10::Device device);
+
 /// `longest`: tokens of the longest sequence. Chooses the kernel and logs the choice.
 void run(const kernels::GatedDeltaRuleForward& p, bool recurrent, int64_t longest,
          c10::Device device);
+void run(const kernels::cuda::RecurrentGatedDeltaRule& p, c10::Device device);
 void run(const kernels::GatedDeltaRuleBackward& p, int64_t longest, c10::Device device);
 
 /// A GPU that torch sees.

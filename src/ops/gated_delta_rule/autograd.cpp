@@ -100,12 +100,45 @@ at::Tensor update_autograd(const at::Tensor& q, const at::Tensor& k, const at::T
   return o;
 }
 
+at::Tensor step_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                         const at::Tensor& A_log, const at::Tensor& dt_bias, bool allow_neg_eigval,
+                         std::optional<double> scale, bool use_qk_l2norm, bool state_v_first,
+                         bool overlap) {
+  if (needs_gradient(q, k, v, a, b, state, A_log, dt_bias)) {
+    reject("gated_delta_rule_step", "every tensor",
+           "without gradient (call it under no_grad, or use fused_recurrent_gated_delta_rule)",
+           "requires_grad");
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  at::Tensor o = gated_delta_rule_step(q, k, v, a, b, state, A_log, dt_bias, allow_neg_eigval,
+                                       scale, use_qk_l2norm, state_v_first, overlap);
+  torch::autograd::impl::bump_version(state);
+  return o;
+}
+
+std::tuple<at::Tensor, at::Tensor> token_states_autograd(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+    std::optional<double> scale, bool use_qk_l2norm, bool state_v_first) {
+  if (needs_gradient(q, k, v, g, beta, initial_state)) {
+    reject("fused_recurrent_gated_delta_rule_states", "every tensor",
+           "without gradient (call it under no_grad, or use fused_recurrent_gated_delta_rule)",
+           "requires_grad");
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return gated_delta_rule_token_states(q, k, v, g, beta, initial_state, scale, use_qk_l2norm,
+                                       state_v_first);
+}
+
 }  // namespace
 }  // namespace gdn
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
   m.impl("gated_delta_rule_forward", gdn::forward_autograd);
   m.impl("gated_delta_rule_update", gdn::update_autograd);
+  m.impl("gated_delta_rule_step", gdn::step_autograd);
+  m.impl("gated_delta_rule_token_states", gdn::token_states_autograd);
   // A second derivative is refused when it is asked for.
   m.impl("gated_delta_rule_backward", torch::autograd::autogradNotImplementedFallback());
 }

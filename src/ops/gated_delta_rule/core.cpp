@@ -47,6 +47,25 @@ at::Tensor gated_delta_rule_update(const at::Tensor& q, const at::Tensor& k, con
   return op.call(q, k, v, g, beta, state, cu_seqlens, scale, use_qk_l2norm, state_v_first);
 }
 
+at::Tensor gated_delta_rule_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                                 const at::Tensor& A_log, const at::Tensor& dt_bias,
+                                 bool allow_neg_eigval, std::optional<double> scale,
+                                 bool use_qk_l2norm, bool state_v_first, bool overlap) {
+  static const auto op = find_op("gdn::gated_delta_rule_step", &gated_delta_rule_step);
+  return op.call(q, k, v, a, b, state, A_log, dt_bias, allow_neg_eigval, scale, use_qk_l2norm,
+                 state_v_first, overlap);
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_delta_rule_token_states(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+    std::optional<double> scale, bool use_qk_l2norm, bool state_v_first) {
+  static const auto op =
+      find_op("gdn::gated_delta_rule_token_states", &gated_delta_rule_token_states);
+  return op.call(q, k, v, g, beta, initial_state, scale, use_qk_l2norm, state_v_first);
+}
+
 }  // namespace gdn
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -66,5 +85,15 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
       "gated_delta_rule_update(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
       "Tensor(a!) state, Tensor? cu_seqlens, float? scale, bool use_qk_l2norm, "
       "bool state_v_first) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor(a!) state, "
+      "Tensor A_log, Tensor dt_bias, bool allow_neg_eigval=False, float? scale=None, "
+      "bool use_qk_l2norm=True, bool state_v_first=False, bool overlap=False) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gated_delta_rule_token_states(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+      "Tensor? initial_state, float? scale, bool use_qk_l2norm, bool state_v_first) -> "
+      "(Tensor o, Tensor token_states)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -73,4 +73,22 @@ at::Tensor gated_delta_rule_update(const at::Tensor& q, const at::Tensor& k, con
                                    std::optional<double> scale, bool use_qk_l2norm,
                                    bool state_v_first);
 
+/// The recurrent form in place on `state`, and the gates on the way: a and b [B, T, HV] of q's
+/// dtype, g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), twice that with
+/// allow_neg_eigval; A_log and dt_bias [HV] fp32. One kernel on a GPU; with `overlap` the state may
+/// be read there while the work queued just before still runs, which must not write it then. Not
+/// differentiable.
+at::Tensor gated_delta_rule_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                                 const at::Tensor& A_log, const at::Tensor& dt_bias,
+                                 bool allow_neg_eigval, std::optional<double> scale,
+                                 bool use_qk_l2norm, bool state_v_first, bool overlap);
+
+/// The recurrent form, and the state after every token: [B, T, HV, K, V], or V first. Not
+/// differentiable.
+std::tuple<at::Tensor, at::Tensor> gated_delta_rule_token_states(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+    std::optional<double> scale, bool use_qk_l2norm, bool state_v_first);
+
 }  // namespace gdn

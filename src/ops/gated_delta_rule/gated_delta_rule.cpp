@@ -114,6 +114,30 @@ at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  use_qk_l2norm_in_kernel, state_v_first);
 }
 
+std::tuple<at::Tensor, at::Tensor> states(const at::Tensor& q, const at::Tensor& k,
+                                          const at::Tensor& v, const at::Tensor& g,
+                                          const at::Tensor& beta, std::optional<double> scale,
+                                          const std::optional<at::Tensor>& initial_state,
+                                          bool use_qk_l2norm_in_kernel,
+                                          bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
+                                          bool state_v_first, bool use_gate_in_kernel,
+                                          const std::optional<at::Tensor>& A_log,
+                                          const std::optional<at::Tensor>& dt_bias) {
+  constexpr std::string_view kOp = "fused_recurrent_gated_delta_rule_states";
+  GatedDeltaRuleOptions o;
+  o.use_beta_sigmoid_in_kernel = use_beta_sigmoid_in_kernel;
+  o.allow_neg_eigval = allow_neg_eigval;
+  o.use_gate_in_kernel = use_gate_in_kernel;
+  o.A_log = A_log;
+  o.dt_bias = dt_bias;
+  check_arguments(kOp, {q, k, v, g, beta, initial_state, o.cu_seqlens, scale,
+                        use_qk_l2norm_in_kernel, state_v_first, o.chunk_size});
+  check_options(kOp, o, v);
+  const Gates gates = compute_gates(g, beta, o, statistics_dtype(q.scalar_type()));
+  return gated_delta_rule_token_states(q, k, v, gates.g, gates.beta, initial_state, scale,
+                                       use_qk_l2norm_in_kernel, state_v_first);
+}
+
 template <typename Signature>
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -156,6 +180,8 @@ void register_autocast(torch::Library& m) {
   m.impl("chunk_gated_delta_rule", Autocast<kDevice, Form, form<false>>::call);
   m.impl("fused_recurrent_gated_delta_rule", Autocast<kDevice, Form, form<true>>::call);
   m.impl("fused_recurrent_gated_delta_rule_update", Autocast<kDevice, Update, update>::call);
+  m.impl("fused_recurrent_gated_delta_rule_states",
+         Autocast<kDevice, decltype(states), states>::call);
 }
 
 }  // namespace
@@ -191,6 +217,20 @@ at::Tensor fused_recurrent_gated_delta_rule_update(const at::Tensor& q, const at
                  o.use_gate_in_kernel, o.A_log, o.dt_bias);
 }
 
+std::tuple<at::Tensor, at::Tensor> fused_recurrent_gated_delta_rule_states(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const GatedDeltaRuleOptions& o) {
+  constexpr std::string_view kOp = "fused_recurrent_gated_delta_rule_states";
+  if (o.output_final_state) {
+    reject(kOp, "output_final_state", "false: it is the last of the states", "true");
+  }
+  if (o.cu_seqlens) reject(kOp, "cu_seqlens", "absent", describe(*o.cu_seqlens));
+  static const auto op = find_op<decltype(states)>("gdn::fused_recurrent_gated_delta_rule_states");
+  return op.call(q, k, v, g, beta, o.scale, o.initial_state, o.use_qk_l2norm_in_kernel,
+                 o.use_beta_sigmoid_in_kernel, o.allow_neg_eigval, o.state_v_first,
+                 o.use_gate_in_kernel, o.A_log, o.dt_bias);
+}
+
 }  // namespace gdn
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -211,12 +251,20 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
       "bool state_v_first=False, Tensor? cu_seqlens=None, bool use_gate_in_kernel=False, "
       "Tensor? A_log=None, Tensor? dt_bias=None) -> Tensor",
       tags);
+  m.def(
+      "fused_recurrent_gated_delta_rule_states(Tensor q, Tensor k, Tensor v, Tensor g, "
+      "Tensor beta, float? scale=None, Tensor? initial_state=None, "
+      "bool use_qk_l2norm_in_kernel=False, bool use_beta_sigmoid_in_kernel=False, "
+      "bool allow_neg_eigval=False, bool state_v_first=False, bool use_gate_in_kernel=False, "
+      "Tensor? A_log=None, Tensor? dt_bias=None) -> (Tensor o, Tensor states)",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(gdn, CompositeImplicitAutograd, m) {
   m.impl("chunk_gated_delta_rule", gdn::form<false>);
   m.impl("fused_recurrent_gated_delta_rule", gdn::form<true>);
   m.impl("fused_recurrent_gated_delta_rule_update", gdn::update);
+  m.impl("fused_recurrent_gated_delta_rule_states", gdn::states);
 }
 
 TORCH_LIBRARY_IMPL(gdn, AutocastCPU, m) { gdn::register_autocast<c10::DeviceType::CPU>(m); }

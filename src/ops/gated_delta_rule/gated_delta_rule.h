@@ -65,6 +65,16 @@ at::Tensor fused_recurrent_gated_delta_rule_update(const at::Tensor& q, const at
                                                    const at::Tensor& beta, at::Tensor& state,
                                                    const GatedDeltaRuleOptions& options = {});
 
+/// Recurrent form that also returns the state after every token, [B, T, HV, K, V] fp32 (V first
+/// with state_v_first): for speculative decoding, where the state of the last accepted token is
+/// then states.select(1, accepted - 1). Takes no options.cu_seqlens and no output_final_state; not
+/// differentiable. On a GPU it costs one write of the state a token; where that is too much memory,
+/// verify without states and replay the accepted tokens with
+/// fused_recurrent_gated_delta_rule_update.
+std::tuple<at::Tensor, at::Tensor> fused_recurrent_gated_delta_rule_states(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+    const at::Tensor& beta, const GatedDeltaRuleOptions& options = {});
+
 /// The log decay g = -exp(A_log) * softplus(a + dt_bias), fp32. a [..., HV]; A_log, dt_bias [HV].
 at::Tensor gated_delta_rule_gate(const at::Tensor& a, const at::Tensor& A_log,
                                  const at::Tensor& dt_bias);

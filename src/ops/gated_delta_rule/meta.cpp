@@ -61,6 +61,39 @@ at::Tensor update_meta(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   return at::empty_symint(v.sym_sizes(), v.options());
 }
 
+at::Tensor step_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                     const at::Tensor& /*A_log*/, const at::Tensor& /*dt_bias*/,
+                     bool /*allow_neg_eigval*/, std::optional<double> scale, bool use_qk_l2norm,
+                     bool state_v_first, bool /*overlap*/) {
+  return update_meta(q, k, v, a, b, state, std::nullopt, scale, use_qk_l2norm, state_v_first);
+}
+
+std::tuple<at::Tensor, at::Tensor> token_states_meta(const at::Tensor& q, const at::Tensor& k,
+                                                     const at::Tensor& v, const at::Tensor& g,
+                                                     const at::Tensor& beta,
+                                                     const std::optional<at::Tensor>& initial_state,
+                                                     std::optional<double> scale,
+                                                     bool use_qk_l2norm, bool state_v_first) {
+  const std::optional<at::Tensor> no_cu_seqlens;
+  const CoreArguments a{q,
+                        k,
+                        v,
+                        g,
+                        beta,
+                        initial_state,
+                        no_cu_seqlens,
+                        scale,
+                        use_qk_l2norm,
+                        state_v_first,
+                        /*chunk_size=*/64};
+  check_arguments(kOp, a);
+  c10::SymDimVector sizes = state_sizes(a);
+  sizes.insert(sizes.begin() + 1, q.sym_size(1));
+  return {at::empty_symint(v.sym_sizes(), v.options()),
+          at::empty_symint(sizes, v.options().dtype(statistics_dtype(q.scalar_type())))};
+}
+
 }  // namespace
 }  // namespace gdn
 
@@ -68,4 +101,6 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
   m.impl("gated_delta_rule_forward", gdn::forward_meta);
   m.impl("gated_delta_rule_backward", gdn::backward_meta);
   m.impl("gated_delta_rule_update", gdn::update_meta);
+  m.impl("gated_delta_rule_step", gdn::step_meta);
+  m.impl("gated_delta_rule_token_states", gdn::token_states_meta);
 }

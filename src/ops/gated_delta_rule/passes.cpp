@@ -9,6 +9,7 @@
 #include <gdn/ops/cuda/run.h>
 #include <gdn/ops/gated_delta_rule/core.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
 #include <gdn/ops/utils/parallel.h>
@@ -245,6 +246,132 @@ at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return o;
 }
 
+void check_step(const at::Tensor& q, const at::Tensor& a, const at::Tensor& b,
+                const at::Tensor& A_log, const at::Tensor& dt_bias, int64_t HV) {
+  constexpr std::string_view kStep = "gated_delta_rule_step";
+  check_like(kStep, "a", a, "q", q);
+  check_like(kStep, "b", b, "q", q);
+  check_shape(kStep, "A_log", A_log, {HV}, "[HV]");
+  check_shape(kStep, "dt_bias", dt_bias, {HV}, "[HV]");
+  for (const auto& [name, tensor] : {std::pair("A_log", A_log), std::pair("dt_bias", dt_bias)}) {
+    if (tensor.scalar_type() != statistics_dtype(q.scalar_type()) ||
+        tensor.device() != q.device() || !tensor.is_contiguous()) {
+      reject(kStep, name,
+             std::string("contiguous ") + c10::toString(statistics_dtype(q.scalar_type())) +
+                 " on " + q.device().str(),
+             describe(tensor));
+    }
+  }
+}
+
+at::Tensor step_on_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                       const at::Tensor& A_log, const at::Tensor& dt_bias, bool allow_neg_eigval,
+                       std::optional<double> scale, bool use_qk_l2norm, bool state_v_first,
+                       bool /*overlap*/) {
+  check_step(q, a, b, A_log, dt_bias, v.size(2));
+  const at::Tensor beta = b.to(A_log.scalar_type()).sigmoid();
+  return update(q, k, v, gated_delta_rule_gate(a, A_log, dt_bias),
+                allow_neg_eigval ? beta * 2 : beta, state, std::nullopt, scale, use_qk_l2norm,
+                state_v_first);
+}
+
+at::Tensor step_on_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const at::Tensor& a, const at::Tensor& b, at::Tensor& state,
+                        const at::Tensor& A_log, const at::Tensor& dt_bias, bool allow_neg_eigval,
+                        std::optional<double> scale, bool use_qk_l2norm, bool state_v_first,
+                        bool overlap) {
+  const std::optional<at::Tensor> initial_state = state;
+  const std::optional<at::Tensor> no_cu_seqlens;
+  const CoreArguments arguments{q,
+                                k,
+                                v,
+                                a,
+                                b,
+                                initial_state,
+                                no_cu_seqlens,
+                                scale,
+                                use_qk_l2norm,
+                                state_v_first,
+                                /*chunk_size=*/64,
+                                "state"};
+  check_arguments("gated_delta_rule_step", arguments);
+  check_step(q, a, b, A_log, dt_bias, v.size(2));
+  if (!state.is_contiguous()) reject("gated_delta_rule_step", "state", "contiguous", "strides");
+  const PreparedInputs inputs(arguments);
+  auto p = inputs.parameters<kernels::cuda::RecurrentGatedDeltaRule>();
+  const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
+  const at::Tensor a_rows = with_contiguous_rows(a), b_rows = with_contiguous_rows(b);
+  p.o = mutable_view(o);
+  p.final_state = state.mutable_data_ptr();
+  p.a = const_view3(a_rows);
+  p.beta_logits = const_view3(b_rows);
+  p.beta_factor = allow_neg_eigval ? 2.0F : 1.0F;
+  p.A_log = A_log.const_data_ptr<float>();
+  p.dt_bias = dt_bias.const_data_ptr<float>();
+  p.overlap = overlap;
+  cuda::run(p, q.device());
+  return o;
+}
+
+std::tuple<at::Tensor, at::Tensor> token_states(const at::Tensor& q, const at::Tensor& k,
+                                                const at::Tensor& v, const at::Tensor& g,
+                                                const at::Tensor& beta,
+                                                const std::optional<at::Tensor>& initial_state,
+                                                std::optional<double> scale, bool use_qk_l2norm,
+                                                bool state_v_first) {
+  const std::optional<at::Tensor> no_cu_seqlens;
+  const CoreArguments a{q,
+                        k,
+                        v,
+                        g,
+                        beta,
+                        initial_state,
+                        no_cu_seqlens,
+                        scale,
+                        use_qk_l2norm,
+                        state_v_first,
+                        /*chunk_size=*/64};
+  check_core_arguments(a);
+  const PreparedInputs inputs(a);
+  auto p = inputs.parameters<kernels::cuda::RecurrentGatedDeltaRule>();
+  const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
+  at::DimVector sizes = {p.B, p.T, p.HV, p.K, p.V};
+  if (state_v_first) std::swap(sizes[3], sizes[4]);
+  const at::Tensor states = at::empty(sizes, inputs.gate_options());
+  if (q.is_cuda()) {
+    p.o = mutable_view(o);
+    p.token_states = states.mutable_data_ptr<float>();
+    cuda::run(p, q.device());
+    return {o, states};
+  }
+  // Token by token: the state after one is where the next begins.
+  const KernelChoice choice = choose_kernel(GatedDeltaRulePass::recurrent_forward, q.scalar_type());
+  log_choice(choice.name, choice.reason);
+  for (int64_t b = 0; b < inputs.problem.B; ++b) {
+    for (int64_t t = 0; t < inputs.problem.T; ++t) {
+      const auto token = [&](const at::Tensor& x) { return x[b][t][0]; };
+      auto one = inputs.parameters<kernels::GatedDeltaRuleForward>();
+      one.B = one.T = one.N = 1;
+      one.q.data = token(inputs.q).const_data_ptr();
+      one.k.data = token(inputs.k).const_data_ptr();
+      one.v.data = token(inputs.v).const_data_ptr();
+      one.g = token(inputs.g).const_data_ptr();
+      one.beta = token(inputs.beta).const_data_ptr();
+      one.o = mutable_view(o);
+      one.o.data = token(o).mutable_data_ptr();
+      if (t > 0) {
+        one.initial_state = states[b][t - 1].const_data_ptr();
+      } else if (initial_state) {
+        one.initial_state = inputs.initial_state[b].const_data_ptr();
+      }
+      one.final_state = states[b][t].mutable_data_ptr();
+      choice.forward(one);
+    }
+  }
+  return {o, states};
+}
+
 }  // namespace
 }  // namespace gdn
 
@@ -252,10 +379,14 @@ TORCH_LIBRARY_IMPL(gdn, CPU, m) {
   m.impl("gated_delta_rule_forward", gdn::forward);
   m.impl("gated_delta_rule_backward", gdn::backward);
   m.impl("gated_delta_rule_update", gdn::update);
+  m.impl("gated_delta_rule_step", gdn::step_on_cpu);
+  m.impl("gated_delta_rule_token_states", gdn::token_states);
 }
 
 TORCH_LIBRARY_IMPL(gdn, CUDA, m) {
   m.impl("gated_delta_rule_forward", gdn::forward);
   m.impl("gated_delta_rule_backward", gdn::backward);
   m.impl("gated_delta_rule_update", gdn::update);
+  m.impl("gated_delta_rule_step", gdn::step_on_cuda);
+  m.impl("gated_delta_rule_token_states", gdn::token_states);
 }

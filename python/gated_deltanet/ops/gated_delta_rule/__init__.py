@@ -14,6 +14,7 @@ import gated_deltanet._library  # noqa: F401 (registers the operators)
 __all__ = [
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule_states",
     "fused_recurrent_gated_delta_rule_update",
     "gated_delta_rule_gate",
 ]
@@ -203,6 +204,66 @@ def fused_recurrent_gated_delta_rule_update(
         allow_neg_eigval,
         state_v_first,
         cu_seqlens,
+        use_gate_in_kernel,
+        A_log,
+        dt_bias,
+    )
+
+
+def fused_recurrent_gated_delta_rule_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrent form with the state after every token, for speculative decoding.
+
+    Once it is known how many drafted tokens are accepted, the state to go on with is
+    `states[:, accepted - 1]`. On a GPU this costs one write of the state a token; where that is too
+    much memory, verify without states and replay the accepted tokens with
+    `fused_recurrent_gated_delta_rule_update`.
+
+    The arguments are those of `chunk_gated_delta_rule`.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v, and the states [B, T, HV, K, V] fp32 (fp64 for fp64
+        input), or [B, T, HV, V, K] with `state_v_first`.
+
+    Raises:
+        ValueError: as there, and when a tensor requires a gradient: call it under `torch.no_grad`.
+
+    Examples:
+        >>> import torch
+        >>> from gated_deltanet.ops.gated_delta_rule import (
+        ...     fused_recurrent_gated_delta_rule_states)
+        >>> q, k, v = torch.randn(3, 2, 5, 4, 8).unbind()
+        >>> g, beta = -torch.rand(2, 5, 4), torch.rand(2, 5, 4)
+        >>> o, states = fused_recurrent_gated_delta_rule_states(q, k, v, g, beta)
+        >>> o.shape, states.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 4, 8, 8]))
+    """
+    return torch.ops.gdn.fused_recurrent_gated_delta_rule_states(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+        state_v_first,
         use_gate_in_kernel,
         A_log,
         dt_bias,
