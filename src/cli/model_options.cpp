@@ -1,10 +1,13 @@
+#include <cstdio>
 #include <stdexcept>
+#include <unistd.h>
 
 #include <ATen/Parallel.h>
 #include <CLI/CLI.hpp>
 
 #include <gdn/cli/model_options.h>
 #include <gdn/models/checkpoint.h>
+#include <gdn/models/device.h>
 
 namespace gdn::cli {
 
@@ -14,17 +17,23 @@ void ModelOptions::declare(CLI::App& app) {
       ->type_name("FOLDER");
   app.add_option("--tokenizer", tokenizer,
                  "'byte' or a sentencepiece model file, instead of the model folder's tokenizer");
-  app.add_option("--device", device, "Where to compute")->check(CLI::IsMember({"cpu"}));
+  app.add_option("--device", device,
+                 "Where to compute: cpu, cuda (the first GPU), cuda:N, or auto: a GPU where there "
+                 "is one");
   app.add_option("--dtype", dtype, "Type of weights and activations")
-      ->check(CLI::IsMember({"fp32", "bf16"}));
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16"}));
   app.add_option("--threads", threads, "CPU threads; 0: as many as torch would use")
       ->check(CLI::NonNegativeNumber);
 }
 
 GatedDeltaNetForCausalLM ModelOptions::load_model() const {
   if (threads > 0) at::set_num_threads(static_cast<int>(threads));
-  GatedDeltaNetForCausalLM loaded =
-      load_pretrained(model, c10::Device(device), dtype == "bf16" ? at::kBFloat16 : at::kFloat);
+  const DeviceChoice choice = choose_device(device);
+  if (!choice.note.empty() && isatty(STDERR_FILENO) != 0) {
+    std::fprintf(stderr, "%s\n", choice.note.c_str());
+  }
+  const auto type = dtype == "bf16" ? at::kBFloat16 : dtype == "fp16" ? at::kHalf : at::kFloat;
+  GatedDeltaNetForCausalLM loaded = load_pretrained(model, choice.device, type);
   loaded->eval();
   return loaded;
 }

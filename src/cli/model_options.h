@@ -17,12 +17,13 @@ namespace gdn::cli {
 struct ModelOptions {
   std::string model;
   std::string tokenizer;  ///< empty: the model folder's
-  std::string device = "cpu";
+  std::string device = "auto";
   std::string dtype = "fp32";
   int64_t threads = 0;
 
   void declare(CLI::App& app);
-  /// Sets the number of threads and loads the model, without gradients and in evaluation mode.
+  /// Sets the number of threads, chooses the device (and tells a terminal what "auto" has chosen),
+  /// and loads the model in evaluation mode.
   GatedDeltaNetForCausalLM load_model() const;
   std::unique_ptr<Tokenizer> make_tokenizer_for(const GatedDeltaNetConfig& config) const;
 };

@@ -7,9 +7,12 @@
 
 #include <gdn/models/generate.h>
 #include <gdn/models/sampling.h>
+#include <gdn/models/token_source.h>
 
 namespace gdn {
 namespace {
+
+constexpr int64_t kEnded = -1;
 
 /// Evaluation mode for a scope.
 class EvaluationScope {
@@ -95,39 +98,41 @@ std::vector<std::vector<int64_t>> generate(GatedDeltaNetForCausalLM& model,
   const EvaluationScope evaluation(*model);
   const c10::Device device = model->parameters().front().device();
   std::vector<std::mt19937_64> generators;
-  std::vector<int64_t> rows;  // the prompt that each row of the batch continues
+  std::vector<int64_t> rows;  // the prompt that each row of the batch continues, or kEnded
   for (size_t row = 0; row < prompts.size(); ++row) {
     rows.push_back(static_cast<int64_t>(row));
     generators.push_back(row_generator(options.seed, rows.back()));
   }
   Cache cache;
-  at::Tensor logits = prefill(model, prompts, options.prefill_chunk, device, cache);
+  const at::Tensor logits = prefill(model, prompts, options.prefill_chunk, device, cache);
+  const auto source = make_token_source(model, std::move(cache), logits.select(1, 0), options,
+                                        std::move(generators));
   while (true) {
-    const at::Tensor scores = logits.select(1, 0).to(at::kCPU, at::kFloat).contiguous();  // [B, V]
-    const auto vocab = static_cast<size_t>(scores.size(1));
-    std::vector<int64_t> next, going_on;
+    const at::Tensor& tokens = source->next();  // [B]
+    std::vector<int64_t> going_on;
     for (size_t i = 0; i < rows.size(); ++i) {
       const int64_t row = rows[i];
-      const int64_t token = sample_token({scores.const_data_ptr<float>() + i * vocab, vocab},
-                                         options, generators[row]);
+      if (row == kEnded) continue;
+      const int64_t token = tokens.const_data_ptr<int64_t>()[i];
+      if (token < 0) throw std::runtime_error("generate: the logits are not finite");
       generated[row].push_back(token);
       const bool wanted = !on_token || on_token(row, token);
       const bool stops = std::count(options.stop_tokens.begin(), options.stop_tokens.end(), token);
       const bool full = static_cast<int64_t>(generated[row].size()) == options.max_new_tokens;
-      if (!wanted || stops || full) continue;
-      next.push_back(token);
-      going_on.push_back(static_cast<int64_t>(i));
+      if (!wanted || stops || full) {
+        rows[i] = kEnded;
+      } else {
+        going_on.push_back(static_cast<int64_t>(i));
+      }
     }
-    if (next.empty()) return generated;
-    if (going_on.size() < rows.size()) {  // finished rows leave the batch
-      cache.select_rows(at::tensor(going_on));
+    if (going_on.empty()) return generated;
+    if (source->should_shrink(static_cast<int64_t>(rows.size()),
+                              static_cast<int64_t>(going_on.size()))) {
+      source->keep_rows(at::tensor(going_on));
       std::vector<int64_t> remaining;
       for (const int64_t i : going_on) remaining.push_back(rows[i]);
       rows = std::move(remaining);
     }
-    logits =
-        model->forward({.input_ids = at::tensor(next).unsqueeze(1).to(device), .cache = &cache})
-            .logits;
   }
 }
 

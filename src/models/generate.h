@@ -25,7 +25,9 @@ using TokenCallback = std::function<bool(int64_t row, int64_t token)>;
 /// Continues every prompt and returns the new tokens of each. Prompts may differ in length (they
 /// are padded on the left); a row's tokens do not depend on the other rows: each row draws from its
 /// own random generator, seeded by (seed, row). Runs without gradients, in the model's device and
-/// dtype.
+/// dtype. On a GPU a step is captured in a CUDA graph, unless a layer is attention, and rows that
+/// have ended leave the batch when half of it has; on_token hears of a token while the GPU computes
+/// the next.
 std::vector<std::vector<int64_t>> generate(GatedDeltaNetForCausalLM& model,
                                            const std::vector<std::vector<int64_t>>& prompts,
                                            const GenerateOptions& options = {},

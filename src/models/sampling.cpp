@@ -1,17 +1,16 @@
 #include <algorithm>
-#include <cmath>
-#include <numeric>
-#include <stdexcept>
-#include <vector>
+#include <tuple>
+
+#include <ATen/ATen.h>
 
 #include <gdn/models/sampling.h>
 
 namespace gdn {
 namespace {
 
-/// In [0, 1) with 53 bits; the standard library's distributions differ from system to system.
-double uniform(std::mt19937_64& generator) {
-  return static_cast<double>(generator() >> 11) * 0x1.0p-53;
+/// `tokens`, where the row's logits are all finite.
+at::Tensor checked(const at::Tensor& tokens, const at::Tensor& least, const at::Tensor& largest) {
+  return at::where(least.isfinite() & largest.isfinite(), tokens, -1);
 }
 
 }  // namespace
@@ -24,43 +23,42 @@ std::mt19937_64 row_generator(uint64_t seed, int64_t row) {
   return std::mt19937_64(sequence);
 }
 
-int64_t sample_token(std::span<const float> logits, const GenerateOptions& options,
-                     std::mt19937_64& generator) {
-  const bool finite =
-      std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
-  if (logits.empty() || !finite) throw std::runtime_error("generate: the logits are not finite");
-  const auto largest = std::max_element(logits.begin(), logits.end());
-  if (options.temperature == 0) return largest - logits.begin();
+double uniform(std::mt19937_64& generator) {
+  return static_cast<double>(generator() >> 11) * 0x1.0p-53;
+}
 
-  std::vector<int64_t> tokens(logits.size());
-  std::iota(tokens.begin(), tokens.end(), int64_t{0});
-  const auto likelier = [&](int64_t a, int64_t b) {
-    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-  };
-  if (options.top_k > 0 && options.top_k < static_cast<int64_t>(tokens.size())) {
-    std::nth_element(tokens.begin(), tokens.begin() + (options.top_k - 1), tokens.end(), likelier);
-    tokens.resize(options.top_k);
-  }
-  if (options.top_p < 1 || options.top_k > 0) std::sort(tokens.begin(), tokens.end(), likelier);
+at::Tensor sample_tokens(const at::Tensor& logits, const at::Tensor& uniforms,
+                         const GenerateOptions& options) {
+  const at::Tensor scores = logits.to(at::kFloat);  // [B, vocab]
+  const auto [least, largest] = at::aminmax(scores, 1);
+  if (options.temperature == 0) return checked(scores.argmax(1), least, largest);
 
-  std::vector<double> weights(tokens.size());  // probabilities, times a constant
-  double total = 0;
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    weights[i] =
-        std::exp((static_cast<double>(logits[tokens[i]]) - *largest) / options.temperature);
-    total += weights[i];
+  // Likeliest first where tokens may be cut off; equal ones in their order.
+  at::Tensor values = scores, order;
+  if (options.top_k > 0 || options.top_p < 1) {
+    std::tie(values, order) = scores.sort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
+    if (options.top_k > 0) {
+      const int64_t kept = std::min(options.top_k, values.size(1));
+      values = values.narrow(1, 0, kept);
+    }
   }
+  const int64_t last = values.size(1) - 1;
+  // Probabilities times a constant, and their sums up to each token.
+  const at::Tensor weights =
+      ((values.to(at::kDouble) - largest.unsqueeze(1)) / options.temperature).exp();
+  const at::Tensor sums = weights.cumsum(1);
+  at::Tensor total = sums.select(1, last);
+  at::Tensor kept_last = at::full_like(total, last, at::kLong);
   if (options.top_p < 1) {  // the fewest tokens that together have probability top_p
-    double sum = 0;
-    size_t count = 0;
-    while (count < weights.size() && sum < options.top_p * total) sum += weights[count++];
-    total = sum;
-    weights.resize(count);
+    const at::Tensor short_of = sums < (options.top_p * total).unsqueeze(1);
+    kept_last = short_of.sum(1).clamp_max(last);  // [B]
+    total = sums.gather(1, kept_last.unsqueeze(1)).squeeze(1);
   }
-  double remaining = uniform(generator) * total;
-  size_t drawn = 0;
-  while (drawn + 1 < weights.size() && remaining >= weights[drawn]) remaining -= weights[drawn++];
-  return tokens[drawn];
+  const at::Tensor before = sums <= (uniforms * total).unsqueeze(1);
+  const at::Tensor drawn = at::minimum(before.sum(1), kept_last);
+  const at::Tensor tokens =
+      order.defined() ? order.gather(1, drawn.unsqueeze(1)).squeeze(1) : drawn;
+  return checked(tokens, least, largest);
 }
 
 }  // namespace gdn

@@ -250,6 +250,18 @@ class Generate(CommandTest):
             self.assertNotEqual(by_flag.strip(), b"")
             by_flag.decode()  # throws unless it is UTF-8
 
+    def test_devices(self):
+        arguments = ("generate", "--model", MODEL, "--prompt", "a", "--max-new-tokens", 3)
+        on_cpu = self.assert_succeeds(gdn(*arguments, "--device", "cpu"))
+        self.assertEqual(gdn(*arguments, "--device", "cpu", "--dtype", "fp32").stdout, on_cpu)
+        self.assert_succeeds(gdn(*arguments, "--device", "auto", "--dtype", "fp16"))
+        for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x", "cuda:1000", ""):
+            self.assert_fails(gdn(*arguments, "--device", name), 2, "device", f"'{name}'")
+        # No machine has as many GPUs; the message depends on the build and on the machine.
+        self.assert_fails(gdn(*arguments, "--device", "cuda:99"), 1, "device cuda:99")
+        evaluated = gdn("eval", "--model", MODEL, "--data", TEXT, "--device", "cuda:99")
+        self.assert_fails(evaluated, 1, "device cuda:99")
+
     def test_several_prompts_do_not_change_each_other(self):
         options = ["--max-new-tokens=12", "--json", "--temperature=0"]
         prompts = ["delta", "state gate state", ""]

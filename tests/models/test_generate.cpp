@@ -116,10 +116,14 @@ constexpr int kDraws = 40'000;
 
 /// How often each token is drawn, of kDraws.
 std::vector<int> draw(const std::vector<float>& logits, const GenerateOptions& options) {
-  std::vector<int> counts(logits.size());
   auto generator = row_generator(options.seed, 0);
-  for (int i = 0; i < kDraws; ++i) ++counts[sample_token(logits, options, generator)];
-  return counts;
+  const at::Tensor uniforms = torch::empty({kDraws}, torch::kDouble);
+  for (int i = 0; i < kDraws; ++i) uniforms[i] = uniform(generator);
+  const auto vocab = static_cast<int64_t>(logits.size());
+  const at::Tensor tokens =
+      sample_tokens(torch::tensor(logits).expand({kDraws, vocab}), uniforms, options);
+  const at::Tensor counts = torch::bincount(tokens, {}, vocab);
+  return {counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + vocab};
 }
 
 /// Within five standard deviations of a binomial law.
@@ -155,14 +159,44 @@ TEST(Sampling, TopKAndTopPCutTheTail) {
   expect({.top_k = 3, .top_p = 0.75}, {0, 4 / 7.0, 3 / 7.0, 0});
 }
 
-TEST(Sampling, TiesGoToTheFirstAndNaNIsAnError) {
-  auto generator = row_generator(0, 0);
+/// A token for one row of logits.
+int64_t sample(const std::vector<float>& logits, double number, const GenerateOptions& options) {
+  const at::Tensor uniforms = torch::full({1}, number, torch::kDouble);
+  return sample_tokens(torch::tensor(logits).unsqueeze(0), uniforms, options).item<int64_t>();
+}
+
+TEST(Sampling, TiesGoToTheFirst) {
   const std::vector<float> tied = {1, 3, 3, 0};
-  EXPECT_EQ(sample_token(tied, {.temperature = 0}, generator), 1);
-  EXPECT_EQ(sample_token(tied, {.top_k = 1}, generator), 1);
-  for (const float bad : {NAN, INFINITY}) {
-    const std::vector<float> broken = {1, bad};
-    EXPECT_THROW(sample_token(broken, {}, generator), std::runtime_error);
+  EXPECT_EQ(sample(tied, 0.9, {.temperature = 0}), 1);
+  EXPECT_EQ(sample(tied, 0.9, {.top_k = 1}), 1);
+  EXPECT_EQ(sample(tied, 0.9, {.top_p = 0.1}), 1);
+}
+
+TEST(Sampling, NumbersCutTheProbabilitiesInOrder) {
+  const std::vector<float> logits = {std::log(0.1F), std::log(0.4F), std::log(0.3F),
+                                     std::log(0.2F)};
+  const auto all = [&](double number) { return sample(logits, number, {}); };
+  EXPECT_EQ(all(0), 0);
+  EXPECT_EQ(all(0.0999), 0);
+  EXPECT_EQ(all(0.1001), 1);
+  EXPECT_EQ(all(0.4999), 1);
+  EXPECT_EQ(all(0.7999), 2);
+  EXPECT_EQ(all(0.9999), 3);
+  const auto sorted = [&](double number) { return sample(logits, number, {.top_k = 3}); };
+  EXPECT_EQ(sorted(0.4443), 1);  // of 4 : 3 : 2
+  EXPECT_EQ(sorted(0.4445), 2);
+  EXPECT_EQ(sorted(0.7777), 2);
+  EXPECT_EQ(sorted(0.7779), 3);
+}
+
+TEST(Sampling, RowsThatAreNotFiniteAreMarked) {
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    for (const double temperature : {0.0, 1.0}) {
+      const at::Tensor logits = torch::tensor({{1.0F, 2.0F}, {1.0F, bad}, {bad, 2.0F}});
+      const at::Tensor tokens = sample_tokens(logits, torch::full({3}, 0.99, torch::kDouble),
+                                              {.temperature = temperature});
+      EXPECT_TRUE(at::equal(tokens, torch::tensor({1, -1, -1}, torch::kLong))) << tokens;
+    }
   }
 }
 
