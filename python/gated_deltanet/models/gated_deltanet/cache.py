@@ -1,5 +1,7 @@
 """What a model carries from one call to the next: constant in size for Gated DeltaNet layers."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import Cache
 
@@ -32,6 +34,8 @@ class GatedDeltaNetCache(Cache):
         super().__init__(layers=[])
         self.seen_tokens = 0
         """Tokens of each row so far, padding included."""
+        self.step: Any = None
+        """Of decoding.py: what is captured for these tensors, or the tensors of the last token."""
 
     def layer_cache(self, layer_idx: int) -> LayerCache:
         """The part of one layer, made when first asked for."""
@@ -56,6 +60,7 @@ class GatedDeltaNetCache(Cache):
         """Back to empty."""
         super().reset()
         self.seen_tokens = 0
+        self.step = None
 
     def select_rows(self, index: Tensor) -> None:
         """Keeps the batch rows `index` [B'] int64, in that order."""

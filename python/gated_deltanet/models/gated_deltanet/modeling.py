@@ -14,6 +14,7 @@ from gated_deltanet.layers import Attention, GatedDeltaNet
 from gated_deltanet.layers.mixer import refuse_attentions
 from gated_deltanet.models.gated_deltanet.cache import GatedDeltaNetCache
 from gated_deltanet.models.gated_deltanet.configuration import GatedDeltaNetConfig
+from gated_deltanet.models.gated_deltanet.decoding import decode
 from gated_deltanet.models.gated_deltanet.inputs import (
     FLATTENING_KEYS,
     check_ids,
@@ -289,6 +290,26 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _decode(
+        self, ids: Tensor | None, attention_mask: Tensor | None, cache: GatedDeltaNetCache | None
+    ) -> Tensor | None:
+        """Logits [B, 1, vocab_size] of a single token of each row, from a CUDA graph where that is
+        possible (decoding.py), or None.
+        """
+        if cache is None or ids is None or not ids.is_cuda or ids.ndim != 2 or ids.shape[1] != 1:
+            return None
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled("cuda") or self.config.output_hidden_states:
+            return None
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            return None
+        logits = decode(self, ids, cache)
+        if logits is None:
+            return None
+        cache.seen_tokens += 1
+        return logits.unsqueeze(1)
+
     @can_return_tuple
     def forward(
         self,
@@ -333,6 +354,13 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
             if given is not None:
                 sizes = given.shape[:2]
                 cu_seqlens = packed_boundaries(name, cu_seqlens, kwargs, position_ids, *sizes)
+        plain = not (output_hidden_states or output_attentions)
+        plain = plain and labels is None and inputs_embeds is None and cu_seqlens is None
+        if (
+            plain
+            and (logits := self._decode(input_ids, attention_mask, past_key_values)) is not None
+        ):
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
