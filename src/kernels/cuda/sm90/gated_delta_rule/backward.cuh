@@ -49,6 +49,12 @@ struct Piece {
   int sequence, index;
 };
 
+/// At most so many pieces of `tokens` tokens have all sequences together; their lengths are known
+/// to the device alone.
+inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens) {
+  return p.cu_seqlens != nullptr ? p.T / tokens + p.N : p.N * ((p.T + tokens - 1) / tokens);
+}
+
 /// Pieces of `tokens` tokens that sequence n < N has.
 __device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens) {
   const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;

@@ -29,9 +29,9 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-/// A [B, T, heads, 128] tensor of 16-bit elements in boxes of 64 tokens x 64 elements.
+/// A [B, T, heads, size] tensor of 16-bit elements in boxes of 64 tokens x 64 elements.
 inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t T, int64_t heads,
-                              int64_t stride_b, int64_t stride_t, int64_t stride_h) {
+                              int64_t size, int64_t stride_b, int64_t stride_t, int64_t stride_h) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -44,8 +44,8 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   constexpr cuuint64_t kBytes = 2;
-  const cuuint64_t sizes[4] = {kHeadDim, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(T),
-                               static_cast<cuuint64_t>(B)};
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(heads),
+                               static_cast<cuuint64_t>(T), static_cast<cuuint64_t>(B)};
   const cuuint64_t strides[3] = {static_cast<cuuint64_t>(stride_h) * kBytes,
                                  static_cast<cuuint64_t>(stride_t) * kBytes,
                                  static_cast<cuuint64_t>(stride_b) * kBytes};
@@ -64,18 +64,19 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t 
   return map;
 }
 
-/// The map of a [B, T, heads, 128] tensor of a problem.
+/// The map of a [B, T, heads, size] tensor of a problem.
 template <typename Void>
-CUtensorMap tensor_map(const GatedDeltaRuleProblem& p, const View4<Void>& view, int64_t heads) {
+CUtensorMap tensor_map(const GatedDeltaRuleProblem& p, const View4<Void>& view, int64_t heads,
+                       int64_t size) {
   // A map's dimensions are at least 1; an empty problem reads nothing.
-  return tensor_map(view.data, p.dtype, p.B, p.T > 0 ? p.T : 1, heads, view.stride_b, view.stride_t,
-                    view.stride_h);
+  return tensor_map(view.data, p.dtype, p.B, p.T > 0 ? p.T : 1, heads, size, view.stride_b,
+                    view.stride_t, view.stride_h);
 }
 
 inline void set_problem(const GatedDeltaRuleProblem& p, ProblemArguments& arguments) {
-  arguments.q = tensor_map(p, p.q, p.H);
-  arguments.k = tensor_map(p, p.k, p.H);
-  arguments.v = tensor_map(p, p.v, p.HV);
+  arguments.q = tensor_map(p, p.q, p.H, p.K);
+  arguments.k = tensor_map(p, p.k, p.H, p.K);
+  arguments.v = tensor_map(p, p.v, p.HV, p.V);
   arguments.q_view = p.q;
   arguments.k_view = p.k;
   arguments.v_view = p.v;
@@ -93,7 +94,7 @@ inline void set_problem(const GatedDeltaRuleProblem& p, ProblemArguments& argume
 inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
   ForwardArguments arguments{};
   set_problem(p, arguments);
-  arguments.o = tensor_map(p, p.o, p.HV);
+  arguments.o = tensor_map(p, p.o, p.HV, p.V);
   arguments.o_view = p.o;
   arguments.initial_state = static_cast<const float*>(p.initial_state);
   arguments.final_state = static_cast<float*>(p.final_state);

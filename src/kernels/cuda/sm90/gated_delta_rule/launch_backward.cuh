@@ -10,12 +10,6 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
-/// At most so many pieces of `tokens` tokens have all sequences together; their lengths are known
-/// to the device alone.
-inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens) {
-  return p.cu_seqlens != nullptr ? p.T / tokens + p.N : p.N * ((p.T + tokens - 1) / tokens);
-}
-
 /// Whether the scan gives each half of V a block of its own: while that leaves no block waiting for
 /// a multiprocessor, a half of the products a chunk is the shorter chain.
 inline bool scan_splits_v(int64_t sequence_heads, int multiprocessors) {
@@ -65,8 +59,8 @@ struct ScratchLayout {
 inline BackwardArguments backward_arguments(const GatedDeltaRuleBackward& p, void* scratch) {
   BackwardArguments arguments{};
   set_problem(p, arguments);
-  arguments.d_o = tensor_map(p, p.d_o, p.HV);
-  arguments.d_v = tensor_map(p, p.d_v, p.HV);
+  arguments.d_o = tensor_map(p, p.d_o, p.HV, p.V);
+  arguments.d_v = tensor_map(p, p.d_v, p.HV, p.V);
   arguments.d_o_view = p.d_o;
   arguments.d_q = p.d_q;
   arguments.d_k = p.d_k;

@@ -6,15 +6,16 @@
 namespace gdn::kernels::cuda::sm90 {
 
 /// Copies the `tokens` first rows of a [64, 64 kHalves] tile by ordinary loads, zeros below: the
-/// tile must not see what follows its sequence (TMA would read the next one's tokens).
+/// tile must not see what follows its sequence (TMA would read the next one's tokens). Columns from
+/// `columns` on, a multiple of 8, are zero too.
 template <int kHalves = 2>
 __device__ void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t stride_t,
-                                 int tokens, int lane) {
+                                 int tokens, int lane, int columns = kHalves * kHalf) {
   constexpr int kPieces = 8 * kHalves;  // in a row
   const int piece = lane % kPieces;
   for (int row = lane / kPieces; row < kChunk; row += 32 / kPieces) {
     uint4 values = {0, 0, 0, 0};
-    if (row < tokens) {
+    if (row < tokens && piece * 8 < columns) {
       values = *reinterpret_cast<const uint4*>(source + row * stride_t + piece * 8);
     }
     const uint32_t address = tile + (piece / 8) * kHalfTileBytes + swizzled(row, piece % 8);
