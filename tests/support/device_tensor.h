@@ -37,12 +37,14 @@ class DeviceArray {
   void* device_ = nullptr;
 };
 
-/// A [B, T, heads, 128] tensor on the device; `gap` elements of NaN behind each head.
+/// A [B, T, heads, size] tensor on the device; `gap` elements of NaN behind each head.
 class DeviceTensor {
  public:
-  DeviceTensor(const GatedDeltaRuleCase& c, int64_t heads, int64_t gap, const Values* values)
-      : heads_(heads), gap_(gap), rows_(c.B * c.T * heads), array_(c.dtype, padded(values)) {
-    view_ = {array_.data(), c.T * heads * (128 + gap), heads * (128 + gap), 128 + gap};
+  DeviceTensor(const GatedDeltaRuleCase& c, int64_t heads, int64_t gap, const Values* values,
+               int64_t size = 128)
+      : size_(size), gap_(gap), rows_(c.B * c.T * heads), array_(c.dtype, padded(values)) {
+    const int64_t row = size + gap;
+    view_ = {array_.data(), c.T * heads * row, heads * row, row};
   }
   kernels::MutableView4 view() const { return view_; }
   kernels::ConstView4 const_view() const {
@@ -52,9 +54,9 @@ class DeviceTensor {
     const Values all = array_.values();
     Values result;
     for (int64_t row = 0; row < rows_; ++row) {
-      const auto begin = all.begin() + row * (128 + gap_);
-      result.insert(result.end(), begin, begin + 128);
-      for (auto x = begin + 128; x != begin + 128 + gap_; ++x) {
+      const auto begin = all.begin() + row * (size_ + gap_);
+      result.insert(result.end(), begin, begin + size_);
+      for (auto x = begin + size_; x != begin + size_ + gap_; ++x) {
         EXPECT_TRUE(std::isnan(*x)) << "an element between rows was written";
       }
     }
@@ -63,15 +65,15 @@ class DeviceTensor {
 
  private:
   Values padded(const Values* values) const {
-    Values result(static_cast<size_t>(rows_ * (128 + gap_)),
+    Values result(static_cast<size_t>(rows_ * (size_ + gap_)),
                   std::numeric_limits<double>::quiet_NaN());
     for (int64_t row = 0; values != nullptr && row < rows_; ++row) {
-      std::copy_n(values->begin() + row * 128, 128, result.begin() + row * (128 + gap_));
+      std::copy_n(values->begin() + row * size_, size_, result.begin() + row * (size_ + gap_));
     }
     return result;
   }
 
-  int64_t heads_, gap_, rows_;
+  int64_t size_, gap_, rows_;
   DeviceArray array_;
   kernels::MutableView4 view_;
 };
