@@ -35,6 +35,20 @@ std::string why_not_sm90(const GatedDeltaRuleForward& p);
 /// std::invalid_argument with why_not_sm90's reason, std::runtime_error on a CUDA error.
 void gated_delta_rule_forward_sm90(const GatedDeltaRuleForward& p, Stream stream);
 
+/// Why the kernels for wide heads on compute capability 9.0 cannot serve this request; empty if
+/// they can.
+std::string why_not_sm90_wide(const GatedDeltaRuleForward& p);
+
+/// Bytes of scratch memory that the forward for wide heads needs: 16 KB for every chunk of every
+/// value head. Of cu_seqlens only its length counts.
+size_t gated_delta_rule_forward_sm90_wide_scratch(const GatedDeltaRuleForward& p);
+
+/// Chunked forward for compute capability 9.0: bf16 or fp16, K a multiple of 8 up to 256, V a
+/// multiple of 8, chunks of 64; K = 256 is what it is made for. `scratch`, device memory aligned to
+/// 128 bytes, is used until the queued work is done. Throws as gated_delta_rule_forward_sm90 does.
+void gated_delta_rule_forward_sm90_wide(const GatedDeltaRuleForward& p, void* scratch,
+                                        Stream stream);
+
 /// The same for the backward. Besides, it requires the forward's segment_states.
 std::string why_not_sm90(const GatedDeltaRuleBackward& p);
 

@@ -102,6 +102,15 @@ inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
   return arguments;
 }
 
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
             size_t shared_bytes, const char* name, Stream stream) {

@@ -16,15 +16,6 @@ inline bool scan_splits_v(int64_t sequence_heads, int multiprocessors) {
   return 2 * sequence_heads <= multiprocessors;
 }
 
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return count;
-}
-
 /// Tokens of the spans that the scan cuts sequences into, 0 if it does not. A sequence of `spans`
 /// spans takes 4 spans - 6 blocks in the first pass; both passes together cover it twice, so that
 /// less than three spans gain nothing. Lengths are known to the device alone: the mean decides.

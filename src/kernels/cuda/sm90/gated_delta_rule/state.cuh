@@ -98,11 +98,11 @@ __device__ __forceinline__ void state_sync_after_stores(int local, int thread) {
 }
 
 /// Writes O, or what has its shape, [tokens, 64 of V], from `packed`, through shared memory.
-/// `local` is the warpgroup's number among those of its block.
+/// `local` is the warpgroup's number among those of its block; `width` is V.
 __device__ __forceinline__ void store_output(const CUtensorMap* map, const MutableView4& view,
                                              const Work& work, const uint32_t (&packed)[4][4],
                                              uint32_t tile, int chunk, int half, int local,
-                                             int thread) {
+                                             int thread, int width = kHeadDim) {
   stage_tokens(packed, tile, thread);
   fence_async_proxy();
   state_sync_after_stores(local, thread);
@@ -117,6 +117,7 @@ __device__ __forceinline__ void store_output(const CUtensorMap* map, const Mutab
     auto* out = static_cast<uint16_t*>(view.data) + work.batch * view.stride_b +
                 (work.begin + int64_t{chunk} * kChunk) * view.stride_t +
                 work.value_head * view.stride_h + half * kHalf;
+    if (half * kHalf + thread % 8 * 8 >= width) return;
     for (int row = thread / 8; row < tokens; row += 16) {
       const uint4 x = load_16_bytes(tile + swizzled(row, thread % 8));
       *reinterpret_cast<uint4*>(out + row * view.stride_t + thread % 8 * 8) = x;
