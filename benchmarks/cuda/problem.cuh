@@ -28,16 +28,17 @@ inline __device__ float normal(uint64_t index, uint64_t seed) {
   return sqrtf(-2 * logf(uniform(2 * index, seed))) * cospif(2 * uniform(2 * index + 1, seed));
 }
 
-/// One block of 128 threads a row of 128 elements.
+/// One block a row, one thread an element.
 __global__ void fill_rows(__nv_bfloat16* rows, uint64_t seed, bool normalise) {
-  __shared__ float squares[4];
-  const int64_t index = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  __shared__ float squares[32];
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const float x = normal(index, seed);
   float sum = x * x;
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, d);
   if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
   __syncthreads();
-  sum = squares[0] + squares[1] + squares[2] + squares[3];
+  sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += squares[warp];
   rows[index] = __float2bfloat16(normalise ? x * rsqrtf(sum + 1e-6F) : x);
 }
 
@@ -94,6 +95,7 @@ struct Shape {
   int H, HV;
   std::vector<int64_t> lengths;
   double best_published = 0;  // milliseconds
+  int K = 128, V = 128;       // multiples of 32
 };
 
 struct Problem {
@@ -108,31 +110,32 @@ struct Problem {
     p.T = T;
     p.H = shape.H;
     p.HV = shape.HV;
-    p.K = p.V = 128;
+    p.K = shape.K;
+    p.V = shape.V;
     p.N = static_cast<int64_t>(shape.lengths.size());
     p.dtype = DType::bf16;
-    p.scale = 1 / std::sqrt(128.0);
-    auto* q = allocate<__nv_bfloat16>(T * p.H * 128);
-    auto* k = allocate<__nv_bfloat16>(T * p.H * 128);
-    auto* v = allocate<__nv_bfloat16>(T * p.HV * 128);
-    auto* o = allocate<__nv_bfloat16>(T * p.HV * 128);
+    p.scale = 1 / std::sqrt(static_cast<double>(p.K));
+    auto* q = allocate<__nv_bfloat16>(T * p.H * p.K);
+    auto* k = allocate<__nv_bfloat16>(T * p.H * p.K);
+    auto* v = allocate<__nv_bfloat16>(T * p.HV * p.V);
+    auto* o = allocate<__nv_bfloat16>(T * p.HV * p.V);
     auto* g = allocate<float>(T * p.HV);
     auto* beta = allocate<float>(T * p.HV);
     auto* cu_seqlens = allocate<int64_t>(p.N + 1);
-    auto* final_state = allocate<float>(p.N * p.HV * 128 * 128);
+    auto* final_state = allocate<float>(p.N * p.HV * p.K * p.V);
     memory = {q, k, v, o, g, beta, cu_seqlens, final_state};
-    fill_rows<<<T * p.H, 128>>>(q, 1, true);
-    fill_rows<<<T * p.H, 128>>>(k, 2, true);
-    fill_rows<<<T * p.HV, 128>>>(v, 3, false);
+    fill_rows<<<T * p.H, p.K>>>(q, 1, true);
+    fill_rows<<<T * p.H, p.K>>>(k, 2, true);
+    fill_rows<<<T * p.HV, p.V>>>(v, 3, false);
     fill_gates<<<(T * p.HV + 255) / 256, 256>>>(g, beta, T * p.HV, 4);
     check(cudaMemcpy(cu_seqlens, boundaries.data(), boundaries.size() * sizeof(int64_t),
                      cudaMemcpyHostToDevice),
           "cu_seqlens");
     p.cu_seqlens = cu_seqlens;
-    p.q = {q, 0, p.H * 128, 128};
-    p.k = {k, 0, p.H * 128, 128};
-    p.v = {v, 0, p.HV * 128, 128};
-    p.o = {o, 0, p.HV * 128, 128};
+    p.q = {q, 0, p.H * p.K, p.K};
+    p.k = {k, 0, p.H * p.K, p.K};
+    p.v = {v, 0, p.HV * p.V, p.V};
+    p.o = {o, 0, p.HV * p.V, p.V};
     p.g = g;
     p.beta = beta;
     p.final_state = final_state;
