@@ -1,8 +1,11 @@
-// Time of the Hopper forward, and of its roles alone.
+// Time of the Hopper forward beside the best published, and of its roles alone.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/launch_split.cuh>
 
 #include "problem.cuh"
 
@@ -10,13 +13,100 @@ namespace {
 
 using namespace gdn::benchmarks;
 
+/// Every shape of the published tables (docs/hopper.md names them), and the best of their times.
+std::vector<Shape> published_shapes() {
+  const auto repeat = [](size_t count, int64_t length) {
+    return std::vector<int64_t>(count, length);
+  };
+  return {
+      {2, 8, repeat(1, 32768), 0.242},   {2, 8, repeat(1, 8192), 0.116},
+      {2, 8, repeat(1, 2048), 0.061},    {2, 8, repeat(2, 16384), 0.238},
+      {2, 8, {4096, 28672}, 0.245},      {2, 8, repeat(4, 8192), 0.269},
+      {2, 8, repeat(8, 4096), 0.186},    {2, 8, repeat(4, 2048), 0.105},
+      {2, 8, repeat(8, 1024), 0.053},    {8, 32, repeat(1, 32768), 0.885},
+      {8, 32, repeat(1, 8192), 0.280},   {8, 32, repeat(1, 2048), 0.106},
+      {8, 32, repeat(2, 16384), 0.773},  {8, 32, {4096, 28672}, 0.879},
+      {8, 32, repeat(4, 8192), 0.419},   {8, 32, repeat(8, 4096), 0.424},
+      {8, 32, repeat(4, 2048), 0.108},   {8, 32, repeat(8, 1024), 0.117},
+      {16, 64, repeat(1, 32768), 1.389}, {16, 64, repeat(1, 8192), 0.370},
+      {16, 64, repeat(1, 2048), 0.100},  {16, 64, repeat(2, 16384), 0.793},
+      {16, 64, {4096, 28672}, 1.339},    {16, 64, repeat(4, 8192), 0.742},
+      {16, 64, repeat(8, 4096), 0.753},  {16, 64, repeat(4, 2048), 0.220},
+      {16, 64, repeat(8, 1024), 0.208},  {16, 32, repeat(1, 32768), 0.744},
+      {16, 32, repeat(1, 8192), 0.237},  {16, 32, repeat(1, 2048), 0.099},
+      {16, 32, repeat(2, 16384), 0.738}, {16, 32, {4096, 28672}, 0.845},
+      {16, 32, repeat(4, 8192), 0.375},  {16, 32, repeat(8, 4096), 0.381},
+      {16, 32, repeat(4, 2048), 0.111},  {16, 32, repeat(8, 1024), 0.110},
+  };
+}
+
+struct Measured {
+  Shape shape;
+  sm90::ForwardPlan plan;
+  double ms, expected_ms;
+  double ratio() const { return shape.best_published / ms; }
+};
+
+double time_plan(const Problem& problem, const sm90::ForwardPlan& plan) {
+  const Scratch scratch(sm90::forward_scratch(problem.p, plan));
+  return time(
+      [&](cudaStream_t stream) { sm90::run_forward(problem.p, plan, scratch.data, stream); });
+}
+
+Measured measure(const Shape& shape) {
+  const Problem problem(shape);
+  const auto plan = sm90::plan_forward(problem.p, problem.longest, sm90::multiprocessors());
+  const double expected =
+      sm90::ForwardCost(problem.p, problem.longest, sm90::multiprocessors()).of(plan) * 1e-3;
+  return {shape, plan, time_plan(problem, plan), expected};
+}
+
+void print(const Measured& measured) {
+  std::string lengths;
+  for (const int64_t length : measured.shape.lengths) {
+    lengths += (lengths.empty() ? "" : "+") + std::to_string(length);
+  }
+  const sm90::ForwardPlan& plan = measured.plan;
+  const std::string division = !plan.split ? "one kernel"
+                                           : std::to_string(plan.span_chunks) + ", " +
+                                                 std::to_string(plan.end_halves) + ", " +
+                                                 std::to_string(plan.output_halves);
+  std::printf("%2d/%-2d %-40s %9.4f %9.3f %7.2f %9.4f  %s\n", measured.shape.H, measured.shape.HV,
+              lengths.c_str(), measured.ms, measured.shape.best_published, measured.ratio(),
+              measured.expected_ms, division.c_str());
+}
+
 /// Milliseconds of the roles that are given, the others idle.
 template <sm90::Roles kRoles>
 double time_roles(const GatedDeltaRuleForward& p) {
   const sm90::ForwardArguments arguments = sm90::forward_arguments(p);
-  return time([&](cudaStream_t stream) {
-    sm90::launch_forward<__nv_bfloat16, kRoles>(arguments, p.N * p.HV, stream);
+  return time(
+      [&](cudaStream_t stream) { sm90::launch_forward<__nv_bfloat16, kRoles>(arguments, stream); });
+}
+
+/// The several kernels alone, for the plan's constants.
+void time_kernels(const Shape& shape, const sm90::ForwardPlan& plan) {
+  const Problem problem(shape);
+  const Scratch scratch(sm90::forward_scratch(problem.p, plan));
+  const sm90::SplitArguments arguments = sm90::split_arguments(problem.p, plan, scratch.data);
+  using Element = __nv_bfloat16;
+  const double whole = time_plan(problem, plan);
+  const double matrices = time([&](cudaStream_t stream) {
+    sm90::launch_matrices<Element>(problem.p, plan, arguments, stream);
   });
+  const double ends = time([&](cudaStream_t stream) {
+    sm90::launch_scan<Element, sm90::Scan::kEnd>(problem.p, plan, arguments, stream);
+  });
+  const double compose =
+      time([&](cudaStream_t stream) { sm90::launch_compose(problem.p, arguments, stream); });
+  const double outputs = time([&](cudaStream_t stream) {
+    sm90::launch_scan<Element, sm90::Scan::kOutputs>(problem.p, plan, arguments, stream);
+  });
+  std::printf(
+      "%2d/%-2d %6d tokens, spans of %3d chunks, halves %d %d: all %.4f, matrices %.4f, "
+      "ends %.4f, compose %.4f, outputs %.4f\n",
+      shape.H, shape.HV, static_cast<int>(problem.p.T), static_cast<int>(plan.span_chunks),
+      plan.end_halves, plan.output_halves, whole, matrices, ends, compose, outputs);
 }
 
 }  // namespace
@@ -25,42 +115,31 @@ int main() {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
-  const std::vector<Shape> shapes = {
-      {16, 64, {8192, 8192, 8192, 8192}, 0.742},
-      {16, 64, {4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, 0.753},
-      {16, 64, {1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024}, 0.208},
-      {16, 64, {16384, 16384}, 0.793},
-      {16, 64, {32768}, 1.389},
-      {16, 64, {8192}, 0.370},
-      {16, 64, {2048}, 0.100},
-      {16, 64, {4096, 28672}, 1.339},
-      {16, 64, {2048, 2048, 2048, 2048}, 0.220},
-      {16, 32, {8192, 8192, 8192, 8192}, 0.375},
-      {16, 32, {4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, 0.381},
-      {16, 32, {2048, 2048, 2048, 2048}, 0.111},
-      {16, 32, {1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024}, 0.110},
-      {16, 32, {32768}, 0.744},
-      {8, 32, {8192, 8192, 8192, 8192}, 0.419},
-      {8, 32, {2048, 2048, 2048, 2048}, 0.108},
-      {2, 8, {4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, 0.186},
-      {2, 8, {1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024}, 0.053},
-      {2, 8, {8192}, 0.116},
-  };
-  std::printf("%-8s %-22s %9s %9s %7s %12s\n", "H/HV", "sequences", "ms", "published", "ratio",
-              "us per chunk");
-  for (const Shape& shape : shapes) {
-    const Problem problem(shape);
-    const double ms = time([&](cudaStream_t stream) {
-      gdn::kernels::cuda::gated_delta_rule_forward_sm90(problem.p, stream);
-    });
-    const int64_t blocks = problem.p.N * problem.p.HV;
-    const int64_t waves = (blocks + device.multiProcessorCount - 1) / device.multiProcessorCount;
-    const int64_t longest = *std::max_element(shape.lengths.begin(), shape.lengths.end());
-    std::string name = std::to_string(shape.lengths.size()) + " x " + std::to_string(longest);
-    std::printf("%2d/%-5d %-22s %9.4f %9.3f %7.2f %12.3f\n", shape.H, shape.HV, name.c_str(), ms,
-                shape.best_published, shape.best_published / ms,
-                1e3 * ms / static_cast<double>(waves * (longest / 64)));
+  for (const int64_t span : {16, 32, 64, 128}) {
+    for (const int halves : {1, 2}) {
+      time_kernels(
+          {2, 8, {32768}},
+          {.split = true, .span_chunks = span, .end_halves = halves, .output_halves = halves});
+    }
   }
+  for (const int halves : {1, 2}) {
+    time_kernels(
+        {16, 64, {8192}},
+        {.split = true, .span_chunks = 128, .end_halves = halves, .output_halves = halves});
+  }
+  std::vector<Measured> all;
+  for (const Shape& shape : published_shapes()) all.push_back(measure(shape));
+  std::sort(all.begin(), all.end(),
+            [](const Measured& a, const Measured& b) { return a.ratio() < b.ratio(); });
+  std::printf("%-5s %-40s %9s %9s %7s %9s  %s\n", "H/HV", "sequences", "ms", "published", "ratio",
+              "expected", "chunks of a span; halves of V a block: ends, outputs");
+  double logarithms = 0;
+  for (const Measured& measured : all) {
+    print(measured);
+    logarithms += std::log(measured.ratio());
+  }
+  std::printf("geometric mean of the ratios %.3f\n",
+              std::exp(logarithms / static_cast<double>(all.size())));
   std::printf(
       "roles alone, microseconds per chunk (16/64, 2 x 8192: one block a multiprocessor)\n");
   const Problem problem({16, 64, {8192, 8192}, 0});

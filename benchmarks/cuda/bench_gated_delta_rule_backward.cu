@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/launch_backward.cuh>
 
 #include "problem.cuh"
@@ -38,7 +39,7 @@ struct BackwardProblem : Problem {
     }
     fill_rows<<<T * p.HV, 128>>>(d_o, 7, false);
     p.segment_states = segments;
-    gdn::kernels::cuda::gated_delta_rule_forward_sm90(p, nullptr);
+    sm90::run_forward(p, {}, nullptr, nullptr);
     check(cudaDeviceSynchronize(), "forward");
     b.segment_states = segments;
     b.d_o = {d_o, 0, p.HV * 128, 128};

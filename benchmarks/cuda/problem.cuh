@@ -100,6 +100,7 @@ struct Shape {
 
 struct Problem {
   GatedDeltaRuleForward p;
+  int64_t longest;  // tokens of a sequence
   std::vector<void*> memory;
 
   explicit Problem(const Shape& shape) {
@@ -139,12 +140,22 @@ struct Problem {
     p.g = g;
     p.beta = beta;
     p.final_state = final_state;
+    longest = *std::max_element(shape.lengths.begin(), shape.lengths.end());
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
   ~Problem() {
     for (void* pointer : memory) cudaFree(pointer);
   }
+};
+
+/// Device memory for as long as the object lives.
+struct Scratch {
+  void* data;
+  explicit Scratch(size_t bytes) : data(allocate<uint8_t>(static_cast<int64_t>(bytes))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { cudaFree(data); }
 };
 
 }  // namespace gdn::benchmarks

@@ -13,6 +13,7 @@
 #include <gtest/gtest.h>
 
 #include <gdn/kernels/cuda/gated_delta_rule.h>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
 
 namespace gdn::test {
@@ -76,7 +77,7 @@ Results run_device(const GatedDeltaRuleCase& c, const GatedDeltaRuleInputs& inpu
   f.cu_seqlens = cu_seqlens;
   f.o = o.view();
   f.segment_states = static_cast<float*>(segments.data());
-  kernels::cuda::gated_delta_rule_forward_sm90(f, nullptr);
+  kernels::cuda::sm90::run_forward(f, {}, nullptr, nullptr);
 
   kernels::GatedDeltaRuleBackward b;
   describe(b);

@@ -31,9 +31,19 @@ int64_t chunk_gated_delta_rule_backward_scratch(const GatedDeltaRuleBackward& p,
 /// Why the kernel for compute capability 9.0 (Hopper) cannot serve this request; empty if it can.
 std::string why_not_sm90(const GatedDeltaRuleForward& p);
 
-/// Chunked forward for compute capability 9.0: bf16 or fp16, K = V = 128, chunks of 64. Throws
-/// std::invalid_argument with why_not_sm90's reason, std::runtime_error on a CUDA error.
-void gated_delta_rule_forward_sm90(const GatedDeltaRuleForward& p, Stream stream);
+/// Bytes of scratch memory that the forward for compute capability 9.0 needs: none where sequences
+/// and heads fill the device, else at least 16 KB for every chunk of every value head. `longest` is
+/// the number of tokens of the longest sequence, which the host cannot read from p.cu_seqlens; it
+/// decides how the work is divided, not what is computed.
+size_t gated_delta_rule_forward_sm90_scratch(const GatedDeltaRuleForward& p, int64_t longest);
+
+/// Chunked forward for compute capability 9.0: bf16 or fp16, K and V multiples of 8, K up to 128,
+/// chunks of 64; the same bits on every run. It costs what K = 128 and V a multiple of 64 or 128
+/// cost. `scratch`, device memory aligned to 128 bytes, is used until the queued work
+/// is done. Throws std::invalid_argument with why_not_sm90's reason, std::runtime_error on a CUDA
+/// error.
+void gated_delta_rule_forward_sm90(const GatedDeltaRuleForward& p, int64_t longest, void* scratch,
+                                   Stream stream);
 
 /// Why the kernels for wide heads on compute capability 9.0 cannot serve this request; empty if
 /// they can.
@@ -56,8 +66,8 @@ std::string why_not_sm90(const GatedDeltaRuleBackward& p);
 /// chunk of every value head. Of cu_seqlens only its length counts.
 size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p);
 
-/// Chunked backward for compute capability 9.0, for the same shapes as the forward; the same bits
-/// on every run. `scratch`, device memory aligned to 128 bytes, is used until the queued work is
+/// Chunked backward for compute capability 9.0: as the forward, K = V = 128; the same bits on every
+/// run. `scratch`, device memory aligned to 128 bytes, is used until the queued work is
 /// done. Throws as the forward does.
 void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream);
 

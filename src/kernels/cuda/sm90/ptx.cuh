@@ -113,6 +113,19 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// --- Kernels launched to start while the one before them in the stream still runs ---
+
+/// Waits until that kernel is done and its writes are visible. Every block calls it, so that a
+/// kernel's end implies that of all before it.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/// Lets the next kernel's blocks start where there is room.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // --- Registers ---
 
 template <int kCount>

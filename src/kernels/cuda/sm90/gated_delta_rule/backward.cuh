@@ -12,6 +12,7 @@
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/loads.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/pieces.cuh>
 
 namespace gdn::kernels::cuda::sm90 {
 
@@ -43,58 +44,6 @@ struct BackwardArguments : ProblemArguments {
     return chunk * HV + value_head;
   }
 };
-
-/// A piece (chunk or segment) of a sequence; sequence N is none.
-struct Piece {
-  int sequence, index;
-};
-
-/// At most so many pieces of `tokens` tokens have all sequences together; their lengths are known
-/// to the device alone.
-inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens) {
-  return p.cu_seqlens != nullptr ? p.T / tokens + p.N : p.N * ((p.T + tokens - 1) / tokens);
-}
-
-/// Pieces of `tokens` tokens that sequence n < N has.
-__device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens) {
-  const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
-  return static_cast<int>((length + tokens - 1) / tokens);
-}
-
-/// Piece `index` of all sequences together. Every lane of the warp calls it.
-__device__ inline Piece find_piece(const ProblemArguments& p, int tokens, int index, int lane) {
-  constexpr uint32_t kWarp = 0xffffffffU;
-  if (p.cu_seqlens == nullptr) {
-    const int each = piece_count(p, 0, tokens);
-    if (each == 0 || index >= each * p.N) return {p.N, 0};
-    return {index / each, index % each};
-  }
-  int before = 0;
-  for (int base = 0; base < p.N; base += 32) {
-    const int count = base + lane < p.N ? piece_count(p, base + lane, tokens) : 0;
-    int sum = count;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = __shfl_up_sync(kWarp, sum, distance);
-      if (lane >= distance) sum += below;
-    }
-    const uint32_t holders = __ballot_sync(kWarp, index < before + sum);
-    if (holders != 0) {
-      const int holder = __ffs(static_cast<int>(holders)) - 1;
-      return {base + holder, index - before - __shfl_sync(kWarp, sum - count, holder)};
-    }
-    before += __shfl_sync(kWarp, sum, 31);
-  }
-  return {p.N, 0};
-}
-
-/// Pieces of the sequences before `sequence`. Every lane of the warp calls it.
-__device__ inline int first_piece(const ProblemArguments& p, int tokens, int sequence, int lane) {
-  if (p.cu_seqlens == nullptr) return sequence * piece_count(p, 0, tokens);
-  int sum = 0;
-  for (int n = lane; n < sequence; n += 32) sum += piece_count(p, n, tokens);
-  return __reduce_add_sync(0xffffffffU, sum);
-}
 
 /// Fills a [64 tokens, 128] tile, whole chunks by TMA, and completes a phase of `full`.
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,

@@ -328,7 +328,7 @@ __device__ __forceinline__ void run_chunk_matrices(const ProblemArguments& p, co
 /// Keeps the barriers going without the work, for a measurement of the state role alone.
 __device__ inline void run_idle_matrices(const Work& work, SharedMemory& shared, int thread) {
   for (int c = 0; c < work.chunks; ++c) {
-    const MatrixSlot matrix(c);
+    const auto matrix = slot(shared.matrix_full, c);
     mbarrier_wait(shared_address(&shared.matrix_empty[matrix.stage]), matrix.parity ^ 1);
     if (thread % 32 == 0) mbarrier_arrive(shared_address(&shared.matrix_full[matrix.stage]));
   }

@@ -1,4 +1,5 @@
-// The forward kernel: one block a sequence and value head, its warpgroups specialised by role.
+// The forward as one kernel: one block a sequence, value head and 128 of V's columns, its
+// warpgroups specialised by role. split.cuh has the other form, for few sequences and heads.
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/chunk_matrices.cuh>
@@ -36,15 +37,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
   initialise(shared, p);
-  const Work work(p, blockIdx.x / p.HV, blockIdx.x % p.HV);
+  const int slices = (p.V + kHeadDim - 1) / kHeadDim;
+  const int first_half = blockIdx.x % slices * 2;
+  const int head = blockIdx.x / slices;
+  const Work work(p, head / p.HV, head % p.HV);
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128;
   if (warpgroup == 0) {
     lower_registers<kLoadRegisters>();
+    const int lane = thread % 32;
     if (thread / 32 == 0) {
-      load_tiles(p, work, shared, thread);
+      for (int c = 0; c < work.chunks; ++c) load_keys(p, work, shared, c, true, lane);
     } else if (thread / 32 == 1) {
-      load_gates(p, work, shared, thread % 32);
+      for (int c = 0; c < work.chunks; ++c) {
+        load_values<2>(p, work, shared, c, true, first_half, lane);
+      }
+    } else if (thread / 32 == 2) {
+      load_gates(p, work, shared, lane);
     }
   } else if (warpgroup == 1) {
     lower_registers<kMatrixRegisters>();
@@ -55,11 +64,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     raise_registers<kStateRegisters>();
-    StateScan<Element> scan(p, work, shared, warpgroup - 2, thread);
+    const int local = warpgroup - 2;
+    StateScan<Element, SharedMemory> scan(p, work, shared, first_half + local, local, thread);
     if constexpr (kRoles == Roles::kMatricesOnly) {
       scan.run_idle();
     } else {
-      scan.run();
+      scan.run(problem_ends(p, work));
     }
   }
 }

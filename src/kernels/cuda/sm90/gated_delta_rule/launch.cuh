@@ -1,6 +1,7 @@
 // Tensor maps, arguments and launch of the Hopper forward.
 #pragma once
 
+#include <algorithm>
 #include <cuda_runtime.h>
 #include <stdexcept>
 #include <string>
@@ -29,9 +30,26 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-/// A [B, T, heads, size] tensor of 16-bit elements in boxes of 64 tokens x 64 elements.
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
+/// At most so many pieces of `tokens` tokens have all sequences together, each at least `least`;
+/// their lengths are known to the device alone.
+inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens, int64_t least = 0) {
+  return p.cu_seqlens != nullptr ? p.T / tokens + p.N
+                                 : p.N * std::max((p.T + tokens - 1) / tokens, least);
+}
+
+/// A [B, T, heads, width] tensor of 16-bit elements in boxes of 64 tokens x 64 elements; elements
+/// beyond `width` are read as zeros and not written.
 inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t T, int64_t heads,
-                              int64_t size, int64_t stride_b, int64_t stride_t, int64_t stride_h) {
+                              int64_t width, int64_t stride_b, int64_t stride_t, int64_t stride_h) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -44,7 +62,7 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   constexpr cuuint64_t kBytes = 2;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(size), static_cast<cuuint64_t>(heads),
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(T), static_cast<cuuint64_t>(B)};
   const cuuint64_t strides[3] = {static_cast<cuuint64_t>(stride_h) * kBytes,
                                  static_cast<cuuint64_t>(stride_t) * kBytes,
@@ -64,12 +82,12 @@ inline CUtensorMap tensor_map(const void* data, DType dtype, int64_t B, int64_t 
   return map;
 }
 
-/// The map of a [B, T, heads, size] tensor of a problem.
+/// The map of a [B, T, heads, width] tensor of a problem.
 template <typename Void>
 CUtensorMap tensor_map(const GatedDeltaRuleProblem& p, const View4<Void>& view, int64_t heads,
-                       int64_t size) {
+                       int64_t width = kHeadDim) {
   // A map's dimensions are at least 1; an empty problem reads nothing.
-  return tensor_map(view.data, p.dtype, p.B, p.T > 0 ? p.T : 1, heads, size, view.stride_b,
+  return tensor_map(view.data, p.dtype, p.B, p.T > 0 ? p.T : 1, heads, width, view.stride_b,
                     view.stride_t, view.stride_h);
 }
 
@@ -87,6 +105,8 @@ inline void set_problem(const GatedDeltaRuleProblem& p, ProblemArguments& argume
   arguments.N = static_cast<int>(p.N);
   arguments.H = static_cast<int>(p.H);
   arguments.HV = static_cast<int>(p.HV);
+  arguments.K = static_cast<int>(p.K);
+  arguments.V = static_cast<int>(p.V);
   arguments.scale = static_cast<float>(p.scale);
   arguments.state_v_first = p.state_v_first;
 }
@@ -102,30 +122,40 @@ inline ForwardArguments forward_arguments(const GatedDeltaRuleForward& p) {
   return arguments;
 }
 
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return count;
-}
+/// Whether a kernel's blocks may start while the kernel before still runs; it must call
+/// wait_for_previous_kernel() then.
+enum class Start { kAfterPrevious, kEarly };
 
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
-            size_t shared_bytes, const char* name, Stream stream) {
+            size_t shared_bytes, const char* name, Stream stream,
+            Start start = Start::kAfterPrevious) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)),
         name);
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(
-      arguments);
-  check(cudaGetLastError(), name);
+  // As much as there is, whatever the driver would leave to the cache: two blocks may fit.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        name);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = static_cast<unsigned>(blocks);
+  configuration.blockDim = static_cast<unsigned>(threads);
+  configuration.dynamicSmemBytes = shared_bytes;
+  configuration.stream = stream;
+  configuration.attrs = &early;
+  configuration.numAttrs = start == Start::kEarly ? 1 : 0;
+  check(cudaLaunchKernelEx(&configuration, kernel, arguments), name);
 }
 
 template <typename Element, Roles kRoles = Roles::kAll>
-void launch_forward(const ForwardArguments& arguments, int64_t blocks, Stream stream) {
-  launch(gated_delta_rule_forward_kernel<Element, kRoles>, arguments, blocks, kThreads,
-         sizeof(SharedMemory), "gated_delta_rule_forward_sm90", stream);
+void launch_forward(const ForwardArguments& arguments, Stream stream) {
+  const int64_t slices = (arguments.V + kHeadDim - 1) / kHeadDim;
+  launch(gated_delta_rule_forward_kernel<Element, kRoles>, arguments,
+         int64_t{arguments.N} * arguments.HV * slices, kThreads, sizeof(SharedMemory),
+         "gated_delta_rule_forward_sm90", stream);
 }
 
 }  // namespace gdn::kernels::cuda::sm90

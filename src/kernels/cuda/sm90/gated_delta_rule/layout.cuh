@@ -9,7 +9,7 @@
 namespace gdn::kernels::cuda::sm90 {
 
 inline constexpr int kChunk = 64;     // C
-inline constexpr int kHeadDim = 128;  // K and V
+inline constexpr int kHeadDim = 128;  // K and V of the tiles; smaller ones are padded with zeros
 inline constexpr int64_t kStateSize = kHeadDim * kHeadDim;
 inline constexpr int kHalf = 64;  // elements of a swizzled 128-byte row
 inline constexpr int kSegmentChunks = static_cast<int>(kSegmentTokens) / kChunk;
@@ -50,6 +50,7 @@ struct GateVectors {
 };
 
 struct SharedMemory {
+  static constexpr bool kLateOutput = false;  // see StateScan
   alignas(1024) uint8_t k[kKeyStages][kTileBytes];
   alignas(1024) uint8_t q[kKeyStages][kTileBytes];
   alignas(1024) uint8_t v[kValueStages][kTileBytes];
@@ -82,10 +83,6 @@ __device__ __forceinline__ Slot<static_cast<int>(kStages)> slot(const uint64_t (
                                                                 uint32_t c) {
   return Slot<static_cast<int>(kStages)>(c);
 }
-using KeySlot = Slot<kKeyStages>;
-using ValueSlot = Slot<kValueStages>;
-using MatrixSlot = Slot<kMatrixStages>;
-using GateSlot = Slot<kGateStages>;
 
 /// Kernel arguments of forward and backward; dimensions as in GatedDeltaRuleProblem.
 struct ProblemArguments {
@@ -96,7 +93,7 @@ struct ProblemArguments {
   const float* beta;          // [B, T, HV]
   const int64_t* cu_seqlens;  // [N + 1] or null
   int64_t T;
-  int N, H, HV;
+  int N, H, HV, K, V;
   float scale;
   bool state_v_first;
 };

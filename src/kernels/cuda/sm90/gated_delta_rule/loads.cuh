@@ -1,21 +1,21 @@
-// The loading role: one warp brings q, k and v to shared memory, another one the gates.
+// The loading role: warps that bring q, k, v and the gates to shared memory.
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
 
 namespace gdn::kernels::cuda::sm90 {
 
-/// Copies the `tokens` first rows of a [64, 64 kHalves] tile by ordinary loads, zeros below: the
-/// tile must not see what follows its sequence (TMA would read the next one's tokens). Columns from
-/// `columns` on, a multiple of 8, are zero too.
+/// Copies the `tokens` first rows of a [64, 64 kHalves] tile, `width` elements of each, by ordinary
+/// loads, and zeros elsewhere: the tile must not see what follows its sequence (TMA would read the
+/// next one's tokens).
 template <int kHalves = 2>
 __device__ void load_ragged_tile(uint32_t tile, const uint16_t* source, int64_t stride_t,
-                                 int tokens, int lane, int columns = kHalves * kHalf) {
+                                 int tokens, int lane, int width = kHeadDim) {
   constexpr int kPieces = 8 * kHalves;  // in a row
   const int piece = lane % kPieces;
   for (int row = lane / kPieces; row < kChunk; row += 32 / kPieces) {
     uint4 values = {0, 0, 0, 0};
-    if (row < tokens && piece * 8 < columns) {
+    if (row < tokens && piece * 8 < width) {
       values = *reinterpret_cast<const uint4*>(source + row * stride_t + piece * 8);
     }
     const uint32_t address = tile + (piece / 8) * kHalfTileBytes + swizzled(row, piece % 8);
@@ -30,52 +30,76 @@ __device__ __forceinline__ const uint16_t* element(const ConstView4& view, const
          (work.begin + token) * view.stride_t + head * view.stride_h;
 }
 
+/// Brings K, and Q where wanted, of chunk c.
+template <typename Shared>
+__device__ __forceinline__ void load_keys(const ProblemArguments& p, const Work& work,
+                                          Shared& shared, int c, bool with_q, int lane) {
+  const auto key = slot(shared.key_full, c);
+  const int tokens = work.tokens(c);
+  const uint32_t k = shared_address(shared.k[key.stage]);
+  const uint32_t q = shared_address(shared.q[key.stage]);
+  const uint32_t full = shared_address(&shared.key_full[key.stage]);
+  mbarrier_wait(shared_address(&shared.key_empty[key.stage]), key.parity ^ 1);
+  if (tokens == kChunk) {
+    if (lane != 0) return;
+    const int token = static_cast<int>(work.begin) + c * kChunk;
+    mbarrier_arrive_expect(full, with_q ? 2 * kTileBytes : kTileBytes);
+    for (int half = 0; half < 2; ++half) {
+      const int x = half * kHalf;
+      const uint32_t offset = half * kHalfTileBytes;
+      tma_load(k + offset, &p.k, full, x, work.key_head, token, work.batch);
+      if (with_q) tma_load(q + offset, &p.q, full, x, work.key_head, token, work.batch);
+    }
+  } else {
+    const int64_t token = int64_t{c} * kChunk;
+    load_ragged_tile(k, element(p.k_view, work, work.key_head, token), p.k_view.stride_t, tokens,
+                     lane, p.K);
+    if (with_q) {
+      load_ragged_tile(q, element(p.q_view, work, work.key_head, token), p.q_view.stride_t, tokens,
+                       lane, p.K);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(full);
+  }
+}
+
+/// Brings kHalves halves of V, from `first_half` on, of chunk c; where V is not wanted, its tile
+/// keeps what it holds.
+template <int kHalves, typename Shared>
+__device__ __forceinline__ void load_values(const ProblemArguments& p, const Work& work,
+                                            Shared& shared, int c, bool with_v, int first_half,
+                                            int lane) {
+  const auto value = slot(shared.value_full, c);
+  const int tokens = work.tokens(c);
+  const uint32_t v = shared_address(shared.v[value.stage]);
+  const uint32_t full = shared_address(&shared.value_full[value.stage]);
+  mbarrier_wait(shared_address(&shared.value_empty[value.stage]), value.parity ^ 1);
+  if (tokens == kChunk && with_v) {
+    if (lane != 0) return;
+    mbarrier_arrive_expect(full, kHalves * kHalfTileBytes);
+    for (int half = 0; half < kHalves; ++half) {
+      tma_load(v + half * kHalfTileBytes, &p.v, full, (first_half + half) * kHalf, work.value_head,
+               static_cast<int>(work.begin) + c * kChunk, work.batch);
+    }
+  } else {
+    if (with_v) {
+      const int first = first_half * kHalf;
+      load_ragged_tile<kHalves>(
+          v, element(p.v_view, work, work.value_head, int64_t{c} * kChunk) + first,
+          p.v_view.stride_t, tokens, lane, p.V - first);
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(full);
+  }
+}
+
+/// Everything of every chunk.
 template <typename Shared>
 __device__ void load_tiles(const ProblemArguments& p, const Work& work, Shared& shared, int lane) {
   for (int c = 0; c < work.chunks; ++c) {
-    const auto key = slot(shared.key_full, c);
-    const auto value = slot(shared.value_full, c);
-    const int tokens = work.tokens(c);
-    const uint32_t k = shared_address(shared.k[key.stage]);
-    const uint32_t q = shared_address(shared.q[key.stage]);
-    const uint32_t v = shared_address(shared.v[value.stage]);
-    const uint32_t key_full = shared_address(&shared.key_full[key.stage]);
-    const uint32_t value_full = shared_address(&shared.value_full[value.stage]);
-    mbarrier_wait(shared_address(&shared.key_empty[key.stage]), key.parity ^ 1);
-    if (tokens == kChunk) {
-      const int token = static_cast<int>(work.begin) + c * kChunk;
-      if (lane == 0) {
-        mbarrier_arrive_expect(key_full, 2 * kTileBytes);
-        for (int half = 0; half < 2; ++half) {
-          const int x = half * kHalf;
-          const uint32_t offset = half * kHalfTileBytes;
-          tma_load(k + offset, &p.k, key_full, x, work.key_head, token, work.batch);
-          tma_load(q + offset, &p.q, key_full, x, work.key_head, token, work.batch);
-        }
-      }
-      mbarrier_wait(shared_address(&shared.value_empty[value.stage]), value.parity ^ 1);
-      if (lane == 0) {
-        mbarrier_arrive_expect(value_full, kTileBytes);
-        for (int half = 0; half < 2; ++half) {
-          tma_load(v + half * kHalfTileBytes, &p.v, value_full, half * kHalf, work.value_head,
-                   token, work.batch);
-        }
-      }
-    } else {
-      const int64_t token = int64_t{c} * kChunk;
-      load_ragged_tile(k, element(p.k_view, work, work.key_head, token), p.k_view.stride_t, tokens,
-                       lane);
-      load_ragged_tile(q, element(p.q_view, work, work.key_head, token), p.q_view.stride_t, tokens,
-                       lane);
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(key_full);
-      mbarrier_wait(shared_address(&shared.value_empty[value.stage]), value.parity ^ 1);
-      load_ragged_tile(v, element(p.v_view, work, work.value_head, token), p.v_view.stride_t,
-                       tokens, lane);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(value_full);
-    }
+    load_keys(p, work, shared, c, true, lane);
+    load_values<2>(p, work, shared, c, true, 0, lane);
   }
 }
 
@@ -143,13 +167,16 @@ __device__ __forceinline__ void store_gates(const GatePair& gates, float scale, 
   __syncwarp();
 }
 
-template <typename Shared>
-__device__ void load_gates(const ProblemArguments& p, const Work& work, Shared& shared, int lane) {
-  GatePair next = fetch_gates(p, work, 0, lane);
-  for (int c = 0; c < work.chunks; ++c) {
+/// Of kWarps warps that take turns, so that so many chunks' gates are on their way at a time, warp
+/// `turn`.
+template <int kWarps = 1, typename Shared>
+__device__ void load_gates(const ProblemArguments& p, const Work& work, Shared& shared, int lane,
+                           int turn = 0) {
+  GatePair next = fetch_gates(p, work, turn, lane);
+  for (int c = turn; c < work.chunks; c += kWarps) {
     const auto gate = slot(shared.gate_full, c);
     const GatePair gates = next;
-    if (c + 1 < work.chunks) next = fetch_gates(p, work, c + 1, lane);
+    if (c + kWarps < work.chunks) next = fetch_gates(p, work, c + kWarps, lane);
     store_gates(gates, p.scale, shared.gates[gate.stage],
                 shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1, lane);
     if (lane == 0) mbarrier_arrive(shared_address(&shared.gate_full[gate.stage]));

@@ -14,26 +14,55 @@
 namespace gdn::kernels::cuda::sm90 {
 
 /// One warpgroup's 64 rows of S^T: element 4 n + e is row v + 8 (e / 2), column 8 n + k + e % 2.
+/// In memory the state is [K, V], or [V, K] with `v_first`.
 struct StatePosition {
   int v, k;  // of this thread's first element
+  int v_size, k_size;
   int64_t v_stride, k_stride;
 
-  __device__ StatePosition(int half, int thread, bool v_first)
+  __device__ StatePosition(int half, int thread, bool v_first, int K = kHeadDim, int V = kHeadDim)
       : v(half * kHalf + thread / 32 * 16 + thread % 32 / 4),
         k(2 * (thread % 4)),
-        v_stride(v_first ? kHeadDim : 1),
-        k_stride(v_first ? 1 : kHeadDim) {}
+        v_size(V),
+        k_size(K),
+        v_stride(v_first ? K : 1),
+        k_stride(v_first ? 1 : V) {}
 
+  /// body(element, offset in memory) for every element that memory has; K is a multiple of 8.
   template <typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
+    const bool rows[2] = {v < v_size, v + 8 < v_size};
+    const int64_t next_row = 8 * v_stride;
+    int64_t offset = v * v_stride + k * k_stride;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        body(4 * n + e, (v + 8 * (e / 2)) * v_stride + (8 * n + k + e % 2) * k_stride);
+        if (rows[e / 2] && 8 * n < k_size) {
+          body(4 * n + e, offset + (e / 2) * next_row + (e % 2) * k_stride);
+        }
       }
+      offset += 8 * k_stride;
     }
   }
+};
+
+/// A state in memory; data null: none.
+template <typename Float>
+struct StateView {
+  Float* data = nullptr;
+  bool v_first = false;
+  int K = kHeadDim, V = kHeadDim;
+};
+
+/// Where a scan's S comes from (nowhere: zeros, or unit vectors) and goes to, and its segment
+/// states.
+struct StateEnds {
+  StateView<const float> from;
+  StateView<float> to;
+  bool from_identity = false;
+  float* segment_states = nullptr;  // of the sequence, or null
+  int first_chunk = 0;              // of the work, in its sequence
 };
 
 /// Accumulators [64, 16 kCount] as left operands of kCount products.
@@ -49,15 +78,27 @@ __device__ __forceinline__ void to_operand(const float* accumulators,
   }
 }
 
-/// Where the work's first segment state goes; null if none are wanted.
-__device__ inline float* first_segment_state(const ForwardArguments& p, const Work& work) {
+/// Where the first segment state of the work's sequence goes; null if none are wanted.
+__device__ inline float* sequence_segment_states(const ForwardArguments& p, const Work& work) {
   if (p.segment_states == nullptr) return nullptr;
   int64_t segment = 0;
   for (int n = 0; n < work.sequence; ++n) {
     const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
     segment += (length + kSegmentTokens - 1) / kSegmentTokens;
   }
-  return p.segment_states + (segment * p.HV + work.value_head) * kStateSize;
+  return p.segment_states + (segment * p.HV + work.value_head) * (int64_t{p.K} * p.V);
+}
+
+/// The whole sequence's ends: those of the problem.
+__device__ inline StateEnds problem_ends(const ForwardArguments& p, const Work& work) {
+  const int64_t offset = (int64_t{work.sequence} * p.HV + work.value_head) * (int64_t{p.K} * p.V);
+  StateEnds ends;
+  if (p.initial_state != nullptr) {
+    ends.from = {p.initial_state + offset, p.state_v_first, p.K, p.V};
+  }
+  if (p.final_state != nullptr) ends.to = {p.final_state + offset, p.state_v_first, p.K, p.V};
+  ends.segment_states = sequence_segment_states(p, work);
+  return ends;
 }
 
 /// accumulators[64 x 64] = operand[64 x 128] tile^T, tile the [64 tokens, 128] of K or Q.
@@ -125,23 +166,33 @@ __device__ __forceinline__ void store_output(const CUtensorMap* map, const Mutab
   }
 }
 
-/// What one warpgroup carries from chunk to chunk. `half` says which rows of S^T it has.
-template <typename Element>
+/// What a scan is for: O and the states, or the state at its end alone.
+enum class Scan { kOutputs, kEnd };
+
+/// What one warpgroup carries from chunk to chunk. `half` says which 64 rows of S^T it has, `local`
+/// which of the block's warpgroups it is.
+template <typename Element, typename Shared, Scan kScan = Scan::kOutputs>
 struct StateScan {
+  static constexpr bool kOutputs = kScan == Scan::kOutputs;
+  // Where registers allow it, O is written under the next chunk's first products, so that nothing
+  // but P U stands between S' and those.
+  static constexpr bool kLateOutput = kOutputs && Shared::kLateOutput;
   const ForwardArguments& p;
   const Work& work;
-  SharedMemory& shared;
-  int half, thread, warp, lane, column;
+  Shared& shared;
+  int half, local, thread, warp, lane, column;
   float s[64];  // S^T
   float a[32];  // (K S)^T, then U^T
   float o[32];  // (Q S)^T, then O^T
+  uint32_t u_operand[4][4];
 
-  __device__ __forceinline__ StateScan(const ForwardArguments& p, const Work& work,
-                                       SharedMemory& shared, int half, int thread)
+  __device__ __forceinline__ StateScan(const ForwardArguments& p, const Work& work, Shared& shared,
+                                       int half, int local, int thread)
       : p(p),
         work(work),
         shared(shared),
         half(half),
+        local(local),
         thread(thread),
         warp(thread / 32),
         lane(thread % 32),
@@ -152,32 +203,38 @@ struct StateScan {
     if (lane == 0) mbarrier_arrive(shared_address(&barrier));
   }
 
-  /// From S to U in `a` and scale exp(b) Q S in `o`, S decayed.
+  /// From S at the chunk's start to U in `a` and scale exp(b) Q S in `o`; S decayed. Before that O
+  /// of the chunk before, whose P U may be in flight, is written.
   template <bool kFirst>
   __device__ __forceinline__ void begin(int c) {
-    const KeySlot key(c);
-    const ValueSlot value(c);
-    const MatrixSlot matrix(c);
-    const GateSlot gate(c);
+    const auto key = slot(shared.key_full, c);
+    const auto value = slot(shared.value_full, c);
+    const auto matrix = slot(shared.matrix_full, c);
+    const auto gate = slot(shared.gate_full, c);
     mbarrier_wait(shared_address(&shared.key_full[key.stage]), key.parity);
     uint32_t s_operand[8][4];
     to_operand<Element>(s, s_operand);
     if constexpr (kFirst) decay_state(gate);
     pin(a);
-    pin(o);
     wgmma_fence();
     multiply_by_tile<Element>(a, s_operand, shared_address(shared.k[key.stage]));
     wgmma_commit();
-    multiply_by_tile<Element>(o, s_operand, shared_address(shared.q[key.stage]));
-    wgmma_commit();
-
+    if constexpr (kOutputs) {
+      uint32_t packed[4][4];
+      if constexpr (kLateOutput && !kFirst) finish_output<1>(c - 1, packed);
+      pin(o);
+      wgmma_fence();
+      multiply_by_tile<Element>(o, s_operand, shared_address(shared.q[key.stage]));
+      wgmma_commit();
+      if constexpr (kLateOutput && !kFirst) write_output(c - 1, packed);
+    }
     if constexpr (!kFirst) decay_state(gate);
 
     // R = V - exp(b) K S.
     const GateVectors& gates = shared.gates[gate.stage];
     mbarrier_wait(shared_address(&shared.value_full[value.stage]), value.parity);
-    const uint32_t v_tile = shared_address(shared.v[value.stage]) + half * kHalfTileBytes;
-    wgmma_wait<1>();
+    const uint32_t v_tile = shared_address(shared.v[value.stage]) + local * kHalfTileBytes;
+    wgmma_wait<kOutputs ? 1 : 0>();
     pin(a);
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
@@ -199,14 +256,14 @@ struct StateScan {
     release(shared.value_empty[value.stage]);
     // R's operand takes the registers of S's, which Q S reads.
     wgmma_wait<0>();
-    pin(o);
+    if constexpr (kOutputs) pin(o);
     pin(s_operand);
     uint32_t r_operand[4][4];
     to_operand<Element>(a, r_operand);
 
     // U = T R; meanwhile scale Q S.
     mbarrier_wait(shared_address(&shared.matrix_full[matrix.stage]), matrix.parity);
-    const uint64_t t_tile = swizzled_tile(shared_address(shared.t[matrix.stage]));
+    const uint64_t t_tile = swizzled_tile(shared.t_tile(matrix.stage));
     pin(a);
     wgmma_fence();
 #pragma unroll
@@ -214,31 +271,34 @@ struct StateScan {
       wgmma<Element, 64, Major::kOuter>(a, r_operand[j], advance(t_tile, j * 16 * 128), j > 0);
     }
     wgmma_commit();
-    scale_columns(o, gates.from_start_scaled);
+    if constexpr (kOutputs) scale_columns(o, gates.from_start_scaled);
     wgmma_wait<0>();
     pin(a);
     pin(r_operand);
+    if constexpr (!kOutputs) release(shared.matrix_empty[matrix.stage]);
   }
 
-  /// O += P U, then S' = exp(b_C) S + K^T (exp(b_C - b) U); O is written while S' is computed.
+  /// S' = exp(b_C) S + K^T (exp(b_C - b) U), and O += P U, in flight on return.
   __device__ __forceinline__ void complete(int c) {
-    const KeySlot key(c);
-    const MatrixSlot matrix(c);
-    const GateSlot gate(c);
-    uint32_t u_operand[4][4];
+    const auto key = slot(shared.key_full, c);
+    const auto matrix = slot(shared.matrix_full, c);
+    const auto gate = slot(shared.gate_full, c);
+    if constexpr (kOutputs && !kLateOutput) multiply_by_p(matrix.stage);
     uint32_t decayed_operand[4][4];  // exp(b_C - b) U
-    to_operand<Element>(a, u_operand);
-    const uint64_t p_tile = swizzled_tile(shared_address(shared.p[matrix.stage]));
-    pin(o);
-    wgmma_fence();
+    const float* to_end = shared.gates[gate.stage].to_end;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      wgmma<Element, 64>(o, u_operand[j], advance(p_tile, j * 32), 1);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float2 factor = *reinterpret_cast<const float2*>(&to_end[16 * j + 8 * n + column]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int e = 8 * j + 4 * n + 2 * r;
+          decayed_operand[j][2 * n + r] = pack<Element>(a[e] * factor.x, a[e + 1] * factor.y);
+        }
+      }
     }
-    wgmma_commit();
-    scale_columns(a, shared.gates[gate.stage].to_end);
     release(shared.gate_empty[gate.stage]);
-    to_operand<Element>(a, decayed_operand);
     const uint64_t k_columns = swizzled_tile(shared_address(shared.k[key.stage]), kHalfTileBytes);
     pin(s);
     wgmma_fence();
@@ -248,39 +308,57 @@ struct StateScan {
                                          1);
     }
     wgmma_commit();
-    wgmma_wait<1>();
-    pin(o);
-    pin(u_operand);
-    release(shared.matrix_empty[matrix.stage]);
-    uint32_t packed[4][4];
-    to_operand<Element>(o, packed);
-    store_output(&p.o, p.o_view, work, packed,
-                 shared_address(shared.o[c % kOutputStages]) + half * kHalfTileBytes, c, half, half,
-                 thread);
-    wgmma_wait<0>();
+    if constexpr (kLateOutput) multiply_by_p(matrix.stage);
+    if constexpr (kOutputs && !kLateOutput) {
+      uint32_t packed[4][4];
+      finish_output<1>(c, packed);
+      write_output(c, packed);
+    }
+    wgmma_wait<kLateOutput ? 1 : 0>();
     pin(s);
     pin(decayed_operand);
     release(shared.key_empty[key.stage]);
   }
 
-  __device__ __forceinline__ void run() {
-    const int64_t head = int64_t{work.sequence} * p.HV + work.value_head;
-    const StatePosition at(half, thread, p.state_v_first);
-    if (p.initial_state != nullptr) {
-      const float* state = p.initial_state + head * kStateSize;
-      at.for_each([&](int i, int64_t offset) { s[i] = state[offset]; });
-    } else {
+  /// O += P U.
+  __device__ __forceinline__ void multiply_by_p(int matrix_stage) {
+    to_operand<Element>(a, u_operand);
+    const uint64_t p_tile = swizzled_tile(shared.p_tile(matrix_stage));
+    pin(o);
+    wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] = 0.0F;
+    for (int j = 0; j < 4; ++j) {
+      wgmma<Element, 64>(o, u_operand[j], advance(p_tile, j * 32), 1);
     }
+    wgmma_commit();
+  }
+
+  /// O of chunk c as operands' dtype, once all but the last kPending groups of products are done.
+  template <int kPending>
+  __device__ __forceinline__ void finish_output(int c, uint32_t (&packed)[4][4]) {
+    wgmma_wait<kPending>();
+    pin(o);
+    pin(u_operand);
+    release(shared.matrix_empty[slot(shared.matrix_full, c).stage]);
+    to_operand<Element>(o, packed);
+  }
+
+  __device__ __forceinline__ void write_output(int c, const uint32_t (&packed)[4][4]) {
+    store_output(&p.o, p.o_view, work, packed,
+                 shared_address(shared.o[c % kOutputStages]) + local * kHalfTileBytes, c, half,
+                 local, thread, p.V);
+  }
+
+  __device__ __forceinline__ void run(const StateEnds& ends) {
+    load_state(ends);
     if (work.chunks > 0) {
-      float* segment_state = first_segment_state(p, work);
       const auto keep_state = [&](int c) {
-        if (segment_state == nullptr || c % kSegmentChunks != 0) return;
-        StatePosition(half, thread, false).for_each([&](int i, int64_t offset) {
-          segment_state[offset] = s[i];
-        });
-        segment_state += p.HV * kStateSize;
+        if constexpr (kOutputs) {
+          const int chunk = ends.first_chunk + c;
+          if (ends.segment_states == nullptr || chunk % kSegmentChunks != 0) return;
+          float* state = ends.segment_states + chunk / kSegmentChunks * p.HV * (int64_t{p.K} * p.V);
+          store_state({state, false, p.K, p.V});
+        }
       };
       // The second half of a chunk shares its iteration with the first half of the next, and no
       // product is in flight where the loop closes: the compiler waits for every product before a
@@ -293,11 +371,13 @@ struct StateScan {
         begin<false>(c);
       }
       complete(work.chunks - 1);
+      if constexpr (kLateOutput) {
+        uint32_t packed[4][4];
+        finish_output<0>(work.chunks - 1, packed);
+        write_output(work.chunks - 1, packed);
+      }
     }
-    if (p.final_state != nullptr) {
-      float* state = p.final_state + head * kStateSize;
-      at.for_each([&](int i, int64_t offset) { state[offset] = s[i]; });
-    }
+    if (ends.to.data != nullptr) store_state(ends.to);
     // The copy engine may still be reading this block's shared memory.
     if (thread == 0) tma_store_wait_read<0>();
   }
@@ -305,20 +385,37 @@ struct StateScan {
   /// Keeps the barriers going without the work, for a measurement of the matrix role alone.
   __device__ void run_idle() {
     for (int c = 0; c < work.chunks; ++c) {
-      const MatrixSlot matrix(c);
-      const ValueSlot value(c);
+      const auto matrix = slot(shared.matrix_full, c);
+      const auto value = slot(shared.value_full, c);
       mbarrier_wait(shared_address(&shared.value_full[value.stage]), value.parity);
       mbarrier_wait(shared_address(&shared.matrix_full[matrix.stage]), matrix.parity);
-      release(shared.value_empty[ValueSlot(c).stage]);
-      release(shared.key_empty[KeySlot(c).stage]);
-      release(shared.gate_empty[GateSlot(c).stage]);
+      release(shared.value_empty[value.stage]);
+      release(shared.key_empty[slot(shared.key_full, c).stage]);
+      release(shared.gate_empty[slot(shared.gate_full, c).stage]);
       release(shared.matrix_empty[matrix.stage]);
     }
   }
 
  private:
+  __device__ __forceinline__ void load_state(const StateEnds& ends) {
+    const StatePosition at(half, thread, ends.from.v_first, ends.from.K, ends.from.V);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const bool diagonal = at.v + 8 * (i / 2 % 2) == at.k + 8 * (i / 4) + i % 2;
+      s[i] = ends.from_identity && diagonal ? 1.0F : 0.0F;
+    }
+    if (ends.from.data == nullptr) return;
+    at.for_each([&](int i, int64_t offset) { s[i] = ends.from.data[offset]; });
+  }
+
+  __device__ __forceinline__ void store_state(const StateView<float>& to) const {
+    StatePosition(half, thread, to.v_first, to.K, to.V).for_each([&](int i, int64_t offset) {
+      to.data[offset] = s[i];
+    });
+  }
+
   /// S becomes exp(b_C) S.
-  __device__ __forceinline__ void decay_state(const GateSlot& gate) {
+  __device__ __forceinline__ void decay_state(const Slot<kGateStages>& gate) {
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     const float decay = shared.gates[gate.stage].from_start[kChunk - 1];
 #pragma unroll

@@ -1,0 +1,93 @@
+// Arguments, scratch memory and launches of the Hopper forward's several kernels.
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/compose.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/launch.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/split.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+/// Arrays in scratch memory, each a multiple of 128 bytes.
+struct SplitScratch {
+  int64_t v_rows;                   // V in whole blocks
+  int64_t chunks, matrices, spans;  // pieces of all sequences, at most
+
+  SplitScratch(const GatedDeltaRuleProblem& p, const ForwardPlan& plan)
+      : v_rows((p.V + kHeadDim - 1) / kHeadDim * kHeadDim),
+        chunks(most_pieces(p, kChunk)),
+        matrices(most_pieces(p, plan.matrix_chunks * kChunk)),
+        spans(plan.span_chunks > 0 ? most_pieces(p, plan.span_chunks * kChunk, 1) : p.N) {}
+
+  int64_t matrices_bytes(const GatedDeltaRuleProblem& p) const {
+    return chunks * p.HV * kChunkMatricesBytes;
+  }
+  int64_t states(const GatedDeltaRuleProblem& p) const { return spans * p.HV * v_rows * kHeadDim; }
+  size_t bytes(const GatedDeltaRuleProblem& p, const ForwardPlan& plan) const {
+    const int64_t floats = plan.span_chunks > 0 ? states(p) + spans * p.HV * kStateSize : 0;
+    return static_cast<size_t>(matrices_bytes(p)) + static_cast<size_t>(floats) * sizeof(float);
+  }
+};
+
+inline SplitArguments split_arguments(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
+                                      void* scratch) {
+  const SplitScratch layout(p, plan);
+  SplitArguments arguments{};
+  static_cast<ForwardArguments&>(arguments) = forward_arguments(p);
+  arguments.matrices = static_cast<uint8_t*>(scratch);
+  arguments.matrix_tokens = static_cast<int>(plan.matrix_chunks * kChunk);
+  arguments.span_tokens =
+      plan.span_chunks > 0 ? static_cast<int>(plan.span_chunks * kChunk) : INT32_MAX;
+  arguments.v_rows = static_cast<int>(layout.v_rows);
+  arguments.span_states = reinterpret_cast<float*>(arguments.matrices + layout.matrices_bytes(p));
+  arguments.transitions = arguments.span_states + layout.states(p);
+  return arguments;
+}
+
+template <typename Element>
+void launch_matrices(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
+                     const SplitArguments& arguments, Stream stream) {
+  const int64_t pieces = SplitScratch(p, plan).matrices;
+  if (pieces == 0) return;
+  launch(gated_delta_rule_matrices_kernel<Element>, arguments, pieces * p.HV, kMatricesThreads,
+         sizeof(MatricesShared), "gated_delta_rule_forward_sm90: matrices", stream);
+}
+
+inline void launch_compose(const GatedDeltaRuleForward& p, const SplitArguments& arguments,
+                           Stream stream) {
+  const ComposeArguments compose = {arguments, arguments.span_tokens, arguments.v_rows,
+                                    arguments.span_states, arguments.transitions};
+  launch(compose_spans_kernel, compose, p.N * p.HV * (arguments.v_rows / kComposeColumns),
+         kComposeThreads, 0, "gated_delta_rule_forward_sm90: compose", stream, Start::kEarly);
+}
+
+template <typename Element, Scan kScan>
+void launch_scan(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
+                 const SplitArguments& arguments, Stream stream) {
+  const int halves = kScan == Scan::kEnd ? plan.end_halves : plan.output_halves;
+  const int columns = halves * kHalf;  // of a block
+  const int64_t parts = (p.V + columns - 1) / columns + (kScan == Scan::kEnd ? 2 / halves : 0);
+  const int64_t blocks = SplitScratch(p, plan).spans * p.HV * parts;
+  constexpr const char* kName = "gated_delta_rule_forward_sm90: scan";
+  if (halves == 1) {
+    launch(gated_delta_rule_split_kernel<Element, 1, kScan>, arguments, blocks, kSplitThreads<1>,
+           sizeof(SplitShared<1>), kName, stream, Start::kEarly);
+  } else {
+    launch(gated_delta_rule_split_kernel<Element, 2, kScan>, arguments, blocks, kSplitThreads<2>,
+           sizeof(SplitShared<2>), kName, stream, Start::kEarly);
+  }
+}
+
+template <typename Element>
+void launch_split(const GatedDeltaRuleForward& p, const ForwardPlan& plan, void* scratch,
+                  Stream stream) {
+  const SplitArguments arguments = split_arguments(p, plan, scratch);
+  launch_matrices<Element>(p, plan, arguments, stream);
+  if (plan.span_chunks > 0) {
+    launch_scan<Element, Scan::kEnd>(p, plan, arguments, stream);
+    launch_compose(p, arguments, stream);
+  }
+  launch_scan<Element, Scan::kOutputs>(p, plan, arguments, stream);
+}
+
+}  // namespace gdn::kernels::cuda::sm90

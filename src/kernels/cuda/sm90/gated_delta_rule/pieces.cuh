@@ -1,0 +1,58 @@
+// Sequences in pieces of equal numbers of tokens; a block finds its own, since lengths are known to
+// the device alone.
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+/// A piece (chunk, segment or span) of a sequence; sequence N is none.
+struct Piece {
+  int sequence, index;
+};
+
+/// Pieces of `tokens` tokens that sequence n < N has, at least `least`.
+__device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens,
+                                           int least = 0) {
+  const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
+  return max(static_cast<int>((length + tokens - 1) / tokens), least);
+}
+
+/// Piece `index` of all sequences together. Every lane of the warp calls it.
+__device__ inline Piece find_piece(const ProblemArguments& p, int tokens, int index, int lane,
+                                   int least = 0) {
+  constexpr uint32_t kWarp = 0xffffffffU;
+  if (p.cu_seqlens == nullptr) {
+    const int each = piece_count(p, 0, tokens, least);
+    if (each == 0 || index >= each * p.N) return {p.N, 0};
+    return {index / each, index % each};
+  }
+  int before = 0;
+  for (int base = 0; base < p.N; base += 32) {
+    const int count = base + lane < p.N ? piece_count(p, base + lane, tokens, least) : 0;
+    int sum = count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(kWarp, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    const uint32_t holders = __ballot_sync(kWarp, index < before + sum);
+    if (holders != 0) {
+      const int holder = __ffs(static_cast<int>(holders)) - 1;
+      return {base + holder, index - before - __shfl_sync(kWarp, sum - count, holder)};
+    }
+    before += __shfl_sync(kWarp, sum, 31);
+  }
+  return {p.N, 0};
+}
+
+/// Pieces of the sequences before `sequence`. Every lane of the warp calls it.
+__device__ inline int first_piece(const ProblemArguments& p, int tokens, int sequence, int lane,
+                                  int least = 0) {
+  if (p.cu_seqlens == nullptr) return sequence * piece_count(p, 0, tokens, least);
+  int sum = 0;
+  for (int n = lane; n < sequence; n += 32) sum += piece_count(p, n, tokens, least);
+  return __reduce_add_sync(0xffffffffU, sum);
+}
+
+}  // namespace gdn::kernels::cuda::sm90

@@ -1,0 +1,247 @@
+// The forward for few sequences and heads, as kernels of which each has blocks for all
+// multiprocessors; docs/hopper.md derives them.
+//
+//   matrices  every chunk by itself: T and P, to scratch memory
+//   spans     for every span of a sequence: S at its end from S = 0, and the transition of S
+//   compose   S at the start of every span (compose.cuh)
+//   outputs   every span from its S: O, final and segment states
+//
+// S at a span's end is an affine function of S at its start, R + M S: R is the scan from S = 0 and
+// column j of M that from the j-th unit vector without V. Nothing is truncated. V's columns do not
+// meet, so a block takes 64 or 128 of them. Without spans a sequence is one span, and the two
+// kernels in the middle fall away.
+#pragma once
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/chunk_matrices.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/loads.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/pieces.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/state.cuh>
+
+namespace gdn::kernels::cuda::sm90 {
+
+inline constexpr int kChunkMatricesBytes = 2 * kMatrixBytes;  // T^T, P
+
+struct SplitArguments : ForwardArguments {
+  uint8_t* matrices;   // scratch: [chunks, HV], T^T and P as they lie in shared memory
+  int matrix_tokens;   // of a block of the matrices' kernel
+  int span_tokens;     // beyond every length: no spans
+  int v_rows;          // V in whole blocks
+  float* span_states;  // scratch: [spans, HV, v_rows, 128]: R, then S at the end of every span
+  float* transitions;  // scratch: [spans, HV, 128, 128]: M^T
+
+  __device__ __forceinline__ uint8_t* chunk_matrices(int64_t chunk, int value_head) const {
+    return matrices + (chunk * HV + value_head) * kChunkMatricesBytes;
+  }
+};
+
+/// Two blocks of the matrices' kernel share a multiprocessor: while one waits, the other computes.
+struct MatricesShared {
+  alignas(1024) uint8_t k[2][kTileBytes];
+  alignas(1024) uint8_t q[2][kTileBytes];
+  alignas(1024) uint8_t matrices[1][kChunkMatricesBytes];
+  __half a[2][kChunk * kHalfRow];
+  alignas(16) float diagonal[4][16 * kDiagonalColumn];
+  GateVectors gates[2];
+  alignas(8) uint64_t key_full[2], key_empty[2];
+  uint64_t matrix_full[1], matrix_empty[1];
+  uint64_t gate_full[2], gate_empty[2];
+
+  __device__ __forceinline__ uint32_t t_tile(int stage) const {
+    return shared_address(matrices[stage]);
+  }
+  __device__ __forceinline__ uint32_t p_tile(int stage) const {
+    return shared_address(matrices[stage]) + kMatrixBytes;
+  }
+};
+
+inline constexpr int kMatricesThreads = 256;
+
+/// Copies T^T and P of every chunk to scratch memory and hands the chunk's inputs back; one lane.
+__device__ inline void store_chunk_matrices(const SplitArguments& p, const Work& work,
+                                            int64_t first_chunk, MatricesShared& shared) {
+  for (int c = 0; c < work.chunks; ++c) {
+    const auto matrix = slot(shared.matrix_full, c);
+    mbarrier_wait(shared_address(&shared.matrix_full[matrix.stage]), matrix.parity);
+    mbarrier_arrive(shared_address(&shared.key_empty[slot(shared.key_full, c).stage]));
+    mbarrier_arrive(shared_address(&shared.gate_empty[slot(shared.gate_full, c).stage]));
+    bulk_store(p.chunk_matrices(first_chunk + c, work.value_head), shared.t_tile(matrix.stage),
+               kChunkMatricesBytes);
+    tma_store_commit();
+    tma_store_wait_read<0>();
+    mbarrier_arrive(shared_address(&shared.matrix_empty[matrix.stage]));
+  }
+}
+
+/// One block `matrix_tokens` tokens of a sequence and a value head.
+template <typename Element>
+__global__ void __launch_bounds__(kMatricesThreads, 2)
+    gated_delta_rule_matrices_kernel(const __grid_constant__ SplitArguments p) {
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<MatricesShared*>(raw_shared);
+  const int thread = threadIdx.x % 128;
+  const int lane = thread % 32;
+  let_next_kernel_start();
+  const Piece piece = find_piece(p, p.matrix_tokens, blockIdx.x / p.HV, lane);
+  if (piece.sequence == p.N) return;
+  if (threadIdx.x == 0) {
+    init_barriers(shared.key_full, shared.key_empty, 1, 1);
+    init_barriers(shared.matrix_full, shared.matrix_empty, 4, 1);
+    init_barriers(shared.gate_full, shared.gate_empty, 1, 1);
+    mbarrier_init_fence();
+    prefetch_tensor_map(&p.q);
+    prefetch_tensor_map(&p.k);
+  }
+  // The blocks of T^T and P on the empty side of the diagonal are never written again.
+  auto* zeros = reinterpret_cast<uint4*>(shared.matrices);
+  constexpr int kCount = sizeof(shared.matrices) / sizeof(uint4);
+  for (int i = threadIdx.x; i < kCount; i += kMatricesThreads) zeros[i] = {0, 0, 0, 0};
+  fence_async_proxy();
+  __syncthreads();
+  Work work(p, piece.sequence, blockIdx.x % p.HV);
+  work.narrow(int64_t{piece.index} * p.matrix_tokens, p.matrix_tokens);
+  const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
+  if (warpgroup == 1) {
+    run_chunk_matrices<Element>(p, work, shared, thread);
+  } else if (thread / 32 == 0) {
+    for (int c = 0; c < work.chunks; ++c) load_keys(p, work, shared, c, true, lane);
+  } else if (thread / 32 == 1) {
+    const int first_chunk =
+        first_piece(p, kChunk, piece.sequence, lane) + piece.index * (p.matrix_tokens / kChunk);
+    if (lane == 0) store_chunk_matrices(p, work, first_chunk, shared);
+  } else {
+    load_gates<2>(p, work, shared, lane, thread / 32 - 2);
+  }
+}
+
+/// kHalves halves of V, 64 columns each, in a block.
+template <int kHalves>
+struct SplitShared {
+  static constexpr bool kLateOutput = true;  // see StateScan
+  static constexpr int kStages = 3;
+  alignas(1024) uint8_t k[kStages][kTileBytes];
+  alignas(1024) uint8_t q[kStages][kTileBytes];
+  alignas(1024) uint8_t matrices[kStages][kChunkMatricesBytes];
+  alignas(1024) uint8_t v[kValueStages][kHalves * kHalfTileBytes];
+  alignas(1024) uint8_t o[kOutputStages][kHalves * kHalfTileBytes];
+  GateVectors gates[kGateStages];
+  alignas(8) uint64_t key_full[kStages], key_empty[kStages];
+  uint64_t value_full[kValueStages], value_empty[kValueStages];
+  uint64_t matrix_full[kStages], matrix_empty[kStages];
+  uint64_t gate_full[kGateStages], gate_empty[kGateStages];
+
+  __device__ __forceinline__ uint32_t t_tile(int stage) const {
+    return shared_address(matrices[stage]);
+  }
+  __device__ __forceinline__ uint32_t p_tile(int stage) const {
+    return shared_address(matrices[stage]) + kMatrixBytes;
+  }
+};
+
+inline constexpr int kSplitLoadRegisters = 40;
+inline constexpr int kSplitStateRegisters = 232;
+
+// With one half a thread may hold 255 from the start.
+template <int kHalves>
+constexpr int kSplitThreads = 128 * (1 + kHalves);
+
+/// Brings T^T, and P where wanted, of every chunk; one lane.
+template <int kHalves>
+__device__ void load_chunk_matrices(const SplitArguments& p, const Work& work, int64_t first_chunk,
+                                    bool with_p, SplitShared<kHalves>& shared) {
+  const uint32_t bytes = with_p ? kChunkMatricesBytes : kMatrixBytes;
+  for (int c = 0; c < work.chunks; ++c) {
+    const auto matrix = slot(shared.matrix_full, c);
+    const uint32_t full = shared_address(&shared.matrix_full[matrix.stage]);
+    mbarrier_wait(shared_address(&shared.matrix_empty[matrix.stage]), matrix.parity ^ 1);
+    mbarrier_arrive_expect(full, bytes);
+    bulk_load(shared.t_tile(matrix.stage), p.chunk_matrices(first_chunk + c, work.value_head),
+              bytes, full);
+  }
+}
+
+/// One block a span, value head and kHalves halves: of V; with Scan::kEnd first those of R's
+/// columns, then of M's.
+template <typename Element, int kHalves, Scan kScan>
+__global__ void __launch_bounds__(kSplitThreads<kHalves>, 1)
+    gated_delta_rule_split_kernel(const __grid_constant__ SplitArguments p) {
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<SplitShared<kHalves>*>(raw_shared);
+  constexpr bool kOutputs = kScan == Scan::kOutputs;
+  const int value_parts = (p.V + kHalves * kHalf - 1) / (kHalves * kHalf);
+  const int parts = value_parts + (kOutputs ? 0 : 2 / kHalves);
+  const int part = blockIdx.x % parts;
+  const int value_head = blockIdx.x / parts % p.HV;
+  const int index = blockIdx.x / parts / p.HV;  // of the span
+  const int thread = threadIdx.x % 128;
+  const int lane = thread % 32;
+  let_next_kernel_start();
+  const Piece piece = find_piece(p, p.span_tokens, index, lane, 1);
+  wait_for_previous_kernel();
+  if (piece.sequence == p.N) return;
+  const bool transition = part >= value_parts;
+  const int first_half = (transition ? part - value_parts : part) * kHalves;
+  // Nobody asks for the last span's end here; the first span's R starts from the known state.
+  const bool last = piece.index + 1 == piece_count(p, piece.sequence, p.span_tokens, 1);
+  if (!kOutputs && (last || (transition && piece.index == 0))) return;
+
+  Work work(p, piece.sequence, value_head);
+  StateEnds ends;
+  const int64_t entry = int64_t{index} * p.HV + value_head;
+  float* const start = p.span_states + (entry - p.HV) * p.v_rows * kHeadDim;
+  if constexpr (kOutputs) {
+    ends = problem_ends(p, work);
+    ends.first_chunk = piece.index * (p.span_tokens / kChunk);
+    if (piece.index > 0) ends.from = {start, true, kHeadDim, p.v_rows};
+    if (!last) ends.to = {};
+  } else {
+    if (piece.index == 0) ends.from = problem_ends(p, work).from;
+    ends.from_identity = transition;
+    ends.to = transition
+                  ? StateView<float>{p.transitions + entry * kStateSize, true}
+                  : StateView<float>{start + p.HV * p.v_rows * kHeadDim, true, kHeadDim, p.v_rows};
+  }
+  const int first_chunk =
+      first_piece(p, kChunk, piece.sequence, lane) + piece.index * (p.span_tokens / kChunk);
+  work.narrow(int64_t{piece.index} * p.span_tokens, p.span_tokens);
+
+  if (threadIdx.x == 0) {
+    init_barriers(shared.key_full, shared.key_empty, 1, 4 * kHalves);
+    init_barriers(shared.value_full, shared.value_empty, 1, 4 * kHalves);
+    init_barriers(shared.matrix_full, shared.matrix_empty, 1, 4 * kHalves);
+    init_barriers(shared.gate_full, shared.gate_empty, 1, 4 * kHalves);
+    mbarrier_init_fence();
+    prefetch_tensor_map(&p.q);
+    prefetch_tensor_map(&p.k);
+    prefetch_tensor_map(&p.v);
+    prefetch_tensor_map(&p.o);
+  }
+  if (transition) {
+    auto* zeros = reinterpret_cast<uint4*>(shared.v);
+    constexpr int kCount = sizeof(shared.v) / sizeof(uint4);
+    for (int i = threadIdx.x; i < kCount; i += kSplitThreads<kHalves>) zeros[i] = {0, 0, 0, 0};
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    if constexpr (kHalves == 2) lower_registers<kSplitLoadRegisters>();
+    if (thread / 32 == 0) {
+      for (int c = 0; c < work.chunks; ++c) load_keys(p, work, shared, c, kOutputs, lane);
+    } else if (thread / 32 == 1) {
+      for (int c = 0; c < work.chunks; ++c) {
+        load_values<kHalves>(p, work, shared, c, !transition, first_half, lane);
+      }
+    } else if (thread / 32 == 2) {
+      load_gates(p, work, shared, lane);
+    } else if (lane == 0) {
+      load_chunk_matrices(p, work, first_chunk, kOutputs, shared);
+    }
+  } else {
+    if constexpr (kHalves == 2) raise_registers<kSplitStateRegisters>();
+    const int local = warpgroup - 1;
+    StateScan<Element, SplitShared<kHalves>, kScan>(p, work, shared, first_half + local, local,
+                                                    thread)
+        .run(ends);
+  }
+}
+
+}  // namespace gdn::kernels::cuda::sm90

@@ -1,0 +1,72 @@
+// How the Hopper forward divides problems over a GPU of 132 multiprocessors.
+#include <algorithm>
+
+#include <gtest/gtest.h>
+
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
+
+namespace gdn::test {
+namespace {
+
+using kernels::cuda::sm90::ForwardCost;
+using kernels::cuda::sm90::ForwardPlan;
+using kernels::cuda::sm90::plan_forward;
+
+constexpr int kMultiprocessors = 132;
+
+kernels::GatedDeltaRuleProblem problem(int64_t heads, int64_t sequences, int64_t tokens) {
+  kernels::GatedDeltaRuleProblem p;
+  p.B = 1;
+  p.T = tokens;
+  p.H = std::max<int64_t>(1, heads / 4);
+  p.HV = heads;
+  p.K = p.V = 128;
+  p.N = sequences;
+  return p;
+}
+
+TEST(ForwardPlan, AFullDeviceTakesOneKernel) {
+  for (const int64_t sequences : {4, 8}) {
+    EXPECT_FALSE(
+        plan_forward(problem(64, sequences, 32768), 32768 / sequences, kMultiprocessors).split);
+  }
+}
+
+TEST(ForwardPlan, HalvesOfVFillTwiceAsManyMultiprocessors) {
+  const auto plan = plan_forward(problem(64, 1, 8192), 8192, kMultiprocessors);
+  EXPECT_TRUE(plan.split);
+  EXPECT_EQ(plan.span_chunks, 0);
+  EXPECT_EQ(plan.output_halves, 1);
+}
+
+TEST(ForwardPlan, FewHeadsCutALongSequenceIntoSpansThatFillTheDevice) {
+  const auto p = problem(8, 1, 32768);
+  const auto plan = plan_forward(p, 32768, kMultiprocessors);
+  ASSERT_GT(plan.span_chunks, 0);
+  const int64_t spans = (512 + plan.span_chunks - 1) / plan.span_chunks;
+  EXPECT_GE(spans, 4);
+  const ForwardCost cost(p, 32768, kMultiprocessors);
+  EXPECT_LT(cost.of(plan), cost.of(ForwardPlan{}) / 2);
+}
+
+TEST(ForwardPlan, ShortSequencesAreNotCut) {
+  for (const int64_t tokens : {1, 64, 128}) {
+    EXPECT_EQ(plan_forward(problem(1, 1, tokens), tokens, kMultiprocessors).span_chunks, 0);
+  }
+}
+
+TEST(ForwardPlan, TheLongestSequenceDecides) {
+  // 32 sequences of 1,024 tokens fill the device with 4 heads; one of 31,775 and 31 of a few do
+  // not.
+  const auto p = problem(4, 32, 32768);
+  EXPECT_EQ(plan_forward(p, 1024, kMultiprocessors).span_chunks, 0);
+  EXPECT_GT(plan_forward(p, 31775, kMultiprocessors).span_chunks, 0);
+}
+
+TEST(ForwardPlan, NothingToDo) {
+  EXPECT_EQ(plan_forward(problem(8, 1, 0), 0, kMultiprocessors).span_chunks, 0);
+  EXPECT_EQ(plan_forward(problem(8, 3, 0), 0, kMultiprocessors).span_chunks, 0);
+}
+
+}  // namespace
+}  // namespace gdn::test
