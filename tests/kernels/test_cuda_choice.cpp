@@ -43,7 +43,7 @@ void expect_chosen(const GatedDeltaRuleForward& p, ComputeCapability capability,
 
 TEST(CudaChoice, HopperServesItsHeadsOnHopperOnly) {
   const auto p = hopper_request();
-  expect_chosen(p, kHopper, Kernel::sm90_forward, "heads of 128");
+  expect_chosen(p, kHopper, Kernel::sm90_forward, "K to 128");
   for (const ComputeCapability other : {kTuring, kAmpere, kBlackwell}) {
     expect_chosen(p, other, Kernel::chunk_forward, "not of capability 9.0");
   }
@@ -58,7 +58,9 @@ TEST(CudaChoice, WhatHopperCannotServeGoesToThePortableKernelWithItsReason) {
   using P = GatedDeltaRuleForward&;
   expect_chosen(changed([](P p) { p.dtype = DType::f32; }), kHopper, Kernel::chunk_forward,
                 "not bf16 or fp16");
-  expect_chosen(changed([](P p) { p.K = 64; }), kHopper, Kernel::chunk_forward, "K = 64");
+  expect_chosen(changed([](P p) { p.K = 68; }), kHopper, Kernel::chunk_forward, "K = 68");
+  expect_chosen(changed([](P p) { p.K = 264; }), kHopper, Kernel::chunk_forward, "K = 264");
+  expect_chosen(changed([](P p) { p.V = 100; }), kHopper, Kernel::chunk_forward, "V = 100");
   expect_chosen(changed([](P p) { p.chunk_size = 32; }), kHopper, Kernel::chunk_forward,
                 "chunk_size = 32");
   expect_chosen(changed([](P p) { p.o.data = nullptr; }), kHopper, Kernel::chunk_forward,
@@ -67,6 +69,17 @@ TEST(CudaChoice, WhatHopperCannotServeGoesToThePortableKernelWithItsReason) {
                 "multiples of 16 bytes");
   expect_chosen(changed([](P p) { p.k.stride_h = 129; }), kHopper, Kernel::chunk_forward,
                 "multiples of 16 bytes");
+}
+
+TEST(CudaChoice, HopperServesOtherSizesToo) {
+  auto p = hopper_request();
+  p.K = 64;
+  p.V = 96;
+  expect_chosen(p, kHopper, Kernel::sm90_forward, "K to 128");
+  p.K = 256;
+  p.V = 512;
+  expect_chosen(p, kHopper, Kernel::sm90_wide_forward, "K to 256");
+  expect_chosen(p, kAmpere, Kernel::chunk_forward, "not of capability 9.0");
 }
 
 TEST(CudaChoice, NormalisesForTheHopperKernel) {
@@ -90,6 +103,8 @@ TEST(CudaChoice, TheRecurrentFormHasOneKernel) {
 TEST(CudaChoice, TheBackwardGoesWhereTheForwardGoes) {
   GatedDeltaRuleBackward p;
   static_cast<GatedDeltaRuleProblem&>(p) = hopper_request();
+  static float states[1];
+  p.segment_states = states;
   alignas(16) static char aligned[16];
   p.d_o = p.v;
   p.d_v = {aligned, p.v.stride_b, p.v.stride_t, p.v.stride_h};
@@ -102,6 +117,12 @@ TEST(CudaChoice, TheBackwardGoesWhereTheForwardGoes) {
     EXPECT_EQ(choose_backward(p, other).kernel, Kernel::backward);
     EXPECT_FALSE(choose_backward(p, other).normalise_first);
   }
+  p.V = 64;
+  EXPECT_EQ(choose_backward(p, kHopper).kernel, Kernel::sm90_wide_backward);
+  p.K = 256;
+  p.V = 512;
+  EXPECT_EQ(choose_backward(p, kHopper).kernel, Kernel::sm90_wide_backward);
+  EXPECT_EQ(choose_backward(p, kAmpere).kernel, Kernel::backward);
   p.d_o.stride_t = 1028;
   const auto choice = choose_backward(p, kHopper);
   EXPECT_EQ(choice.kernel, Kernel::backward);

@@ -16,9 +16,11 @@ struct ComputeCapability {
 enum class GatedDeltaRuleKernel {
   none,
   sm90_forward,
+  sm90_wide_forward,
   chunk_forward,
   recurrent_forward,
   sm90_backward,
+  sm90_wide_backward,
   backward
 };
 

@@ -22,6 +22,7 @@ namespace gdn::cuda {
 namespace {
 
 namespace kernel = kernels::cuda;
+using Kernel = kernel::GatedDeltaRuleKernel;
 
 /// Where a kernel runs; the device is the current one meanwhile.
 class Place {
@@ -60,7 +61,7 @@ class Place {
 constexpr std::string_view kGatedDeltaRule = "gated_delta_rule";
 
 void accept(const kernel::GatedDeltaRuleChoice& choice) {
-  TORCH_CHECK_VALUE(choice.kernel != kernel::GatedDeltaRuleKernel::none, kGatedDeltaRule,
+  TORCH_CHECK_VALUE(choice.kernel != Kernel::none, kGatedDeltaRule,
                     ": no CUDA kernel serves this request: ", choice.reason);
   log_choice(choice.name, choice.reason);
 }
@@ -141,39 +142,57 @@ void run(const kernels::GatedDeltaRuleForward& p, bool recurrent, int64_t longes
   Place place(kGatedDeltaRule, p.dtype, device);
   const auto choice = kernel::choose_forward(p, recurrent, place.capability());
   accept(choice);
-  if (choice.kernel == kernel::GatedDeltaRuleKernel::recurrent_forward) {
-    return kernel::recurrent_gated_delta_rule(p, place.stream());
-  }
-  if (choice.kernel == kernel::GatedDeltaRuleKernel::chunk_forward) {
-    void* scratch = place.scratch(kernel::chunk_gated_delta_rule_scratch(p, longest));
-    return kernel::chunk_gated_delta_rule(p, longest, scratch, place.stream());
-  }
-  kernels::GatedDeltaRuleForward normed = p;
+  kernels::GatedDeltaRuleForward chosen = p;
   std::optional<NormalisedKeys> keys;
   if (choice.normalise_first) {
     keys.emplace(p, device, place.stream());
-    keys->replace(normed);
+    keys->replace(chosen);
   }
-  kernel::gated_delta_rule_forward_sm90(normed, place.stream());
+  switch (choice.kernel) {
+    case Kernel::recurrent_forward:
+      return kernel::recurrent_gated_delta_rule(chosen, place.stream());
+    case Kernel::sm90_forward: {
+      void* scratch = place.scratch(kernel::gated_delta_rule_forward_sm90_scratch(chosen, longest));
+      return kernel::gated_delta_rule_forward_sm90(chosen, longest, scratch, place.stream());
+    }
+    case Kernel::sm90_wide_forward: {
+      void* scratch = place.scratch(kernel::gated_delta_rule_forward_sm90_wide_scratch(chosen));
+      return kernel::gated_delta_rule_forward_sm90_wide(chosen, scratch, place.stream());
+    }
+    default: {
+      void* scratch = place.scratch(kernel::chunk_gated_delta_rule_scratch(chosen, longest));
+      return kernel::chunk_gated_delta_rule(chosen, longest, scratch, place.stream());
+    }
+  }
 }
 
 void run(const kernels::GatedDeltaRuleBackward& p, int64_t longest, c10::Device device) {
   Place place(kGatedDeltaRule, p.dtype, device);
   const auto choice = kernel::choose_backward(p, place.capability());
   accept(choice);
-  if (choice.kernel == kernel::GatedDeltaRuleKernel::backward) {
-    void* scratch = place.scratch(kernel::chunk_gated_delta_rule_backward_scratch(p, longest));
-    return kernel::chunk_gated_delta_rule_backward(p, longest, scratch, place.stream());
-  }
-  kernels::GatedDeltaRuleBackward normed = p;
+  kernels::GatedDeltaRuleBackward chosen = p;
   std::optional<NormalisedKeys> keys;
   if (choice.normalise_first) {
     keys.emplace(p, device, place.stream());
-    keys->replace(normed);
+    keys->replace(chosen);
   }
-  void* scratch =
-      place.scratch(static_cast<int64_t>(kernel::gated_delta_rule_backward_sm90_scratch(normed)));
-  kernel::gated_delta_rule_backward_sm90(normed, scratch, place.stream());
+  switch (choice.kernel) {
+    case Kernel::sm90_backward: {
+      void* scratch = place.scratch(kernel::gated_delta_rule_backward_sm90_scratch(chosen));
+      kernel::gated_delta_rule_backward_sm90(chosen, scratch, place.stream());
+      break;
+    }
+    case Kernel::sm90_wide_backward: {
+      void* scratch = place.scratch(kernel::gated_delta_rule_backward_sm90_wide_scratch(chosen));
+      kernel::gated_delta_rule_backward_sm90_wide(chosen, scratch, place.stream());
+      break;
+    }
+    default: {
+      void* scratch =
+          place.scratch(kernel::chunk_gated_delta_rule_backward_scratch(chosen, longest));
+      kernel::chunk_gated_delta_rule_backward(chosen, longest, scratch, place.stream());
+    }
+  }
   if (choice.normalise_first) through_key_norm(p, place.stream());
 }
 

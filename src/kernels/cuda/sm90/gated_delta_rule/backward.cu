@@ -8,19 +8,6 @@
 
 namespace gdn::kernels::cuda {
 
-std::string why_not_sm90(const GatedDeltaRuleBackward& p) {
-  if (std::string reason = why_not_sm90_problem(p); !reason.empty()) return reason;
-  if (p.K != 128 || p.V != 128) {
-    return "K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V) + ", not 128";
-  }
-  if (p.segment_states == nullptr) return "segment_states are required";
-  if (!aligned_for_tma(p.d_o) || !aligned_for_tma(p.d_q) || !aligned_for_tma(p.d_k) ||
-      !aligned_for_tma(p.d_v)) {
-    return "d_o, d_q, d_k, d_v and their strides are not multiples of 16 bytes";
-  }
-  return {};
-}
-
 size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p) {
   return sm90::ScratchLayout(p, sm90::multiprocessors()).bytes();
 }

@@ -7,29 +7,6 @@
 
 namespace gdn::kernels::cuda {
 
-std::string why_not_sm90_problem(const GatedDeltaRuleProblem& p) {
-  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "q, k, v are not bf16 or fp16";
-  if (p.chunk_size != 64) return "chunk_size = " + std::to_string(p.chunk_size) + ", not 64";
-  if (p.qk_l2norm) return "q and k must be normalised beforehand";
-  if (p.B * p.T > INT32_MAX) return "B * T is beyond 2^31";
-  if (!aligned_for_tma(p.q) || !aligned_for_tma(p.k) || !aligned_for_tma(p.v)) {
-    return "q, k, v and their strides are not multiples of 16 bytes";
-  }
-  return {};
-}
-
-std::string why_not_sm90(const GatedDeltaRuleForward& p) {
-  if (std::string reason = why_not_sm90_problem(p); !reason.empty()) return reason;
-  // The copy engine moves whole pieces of 16 bytes.
-  if (p.K < 8 || p.K > 128 || p.K % 8 != 0) {
-    return "K = " + std::to_string(p.K) + ", not a multiple of 8 up to 128";
-  }
-  if (p.V < 8 || p.V % 8 != 0) return "V = " + std::to_string(p.V) + ", not a multiple of 8";
-  if (p.o.data == nullptr) return "o is required";
-  if (!aligned_for_tma(p.o)) return "o and its strides are not multiples of 16 bytes";
-  return {};
-}
-
 size_t gated_delta_rule_forward_sm90_scratch(const GatedDeltaRuleForward& p, int64_t longest) {
   return sm90::forward_scratch(p, sm90::plan_forward(p, longest, sm90::multiprocessors()));
 }

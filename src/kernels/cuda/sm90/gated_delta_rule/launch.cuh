@@ -1,26 +1,13 @@
 // Tensor maps, arguments and launch of the Hopper forward.
 #pragma once
 
-#include <algorithm>
 #include <cuda_runtime.h>
 #include <stdexcept>
 #include <string>
 
 #include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/forward.cuh>
-
-namespace gdn::kernels::cuda {
-
-/// What rules out forward and backward alike; see why_not_sm90.
-std::string why_not_sm90_problem(const GatedDeltaRuleProblem& p);
-
-template <typename Void>
-bool aligned_for_tma(const View4<Void>& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 &&
-         view.stride_t % 8 == 0 && view.stride_h % 8 == 0;
-}
-
-}  // namespace gdn::kernels::cuda
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/pieces.cuh>
 
 namespace gdn::kernels::cuda::sm90 {
 
@@ -37,13 +24,6 @@ inline int multiprocessors() {
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
   return count;
-}
-
-/// At most so many pieces of `tokens` tokens have all sequences together, each at least `least`;
-/// their lengths are known to the device alone.
-inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens, int64_t least = 0) {
-  return p.cu_seqlens != nullptr ? p.T / tokens + p.N
-                                 : p.N * std::max((p.T + tokens - 1) / tokens, least);
 }
 
 /// A [B, T, heads, width] tensor of 16-bit elements in boxes of 64 tokens x 64 elements; elements

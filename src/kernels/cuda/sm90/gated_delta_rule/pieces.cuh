@@ -2,7 +2,10 @@
 // the device alone.
 #pragma once
 
+#include <algorithm>
+
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/layout.cuh>
+#include <gdn/kernels/gated_delta_rule.h>
 
 namespace gdn::kernels::cuda::sm90 {
 
@@ -10,6 +13,13 @@ namespace gdn::kernels::cuda::sm90 {
 struct Piece {
   int sequence, index;
 };
+
+/// At most so many pieces of `tokens` tokens have all sequences together, each at least `least`;
+/// their lengths are known to the device alone.
+inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens, int64_t least = 0) {
+  return p.cu_seqlens != nullptr ? p.T / tokens + p.N
+                                 : p.N * std::max((p.T + tokens - 1) / tokens, least);
+}
 
 /// Pieces of `tokens` tokens that sequence n < N has, at least `least`.
 __device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens,

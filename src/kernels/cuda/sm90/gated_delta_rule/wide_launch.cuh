@@ -5,13 +5,6 @@
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/wide_matrices.cuh>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/wide_scan.cuh>
 
-namespace gdn::kernels::cuda {
-
-/// What rules out forward and backward of wide heads alike; see why_not_sm90_wide.
-std::string why_not_sm90_wide_problem(const GatedDeltaRuleProblem& p);
-
-}  // namespace gdn::kernels::cuda
-
 namespace gdn::kernels::cuda::sm90 {
 
 inline void set_wide_problem(const GatedDeltaRuleProblem& p, void* matrices,

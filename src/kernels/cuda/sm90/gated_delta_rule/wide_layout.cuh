@@ -9,6 +9,7 @@
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/backward.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/pieces.cuh>
 
 namespace gdn::kernels::cuda::sm90 {
 
