@@ -45,6 +45,12 @@ struct BackwardArguments : ProblemArguments {
   }
 };
 
+/// One arrival of the calling warp.
+__device__ __forceinline__ void release(uint64_t& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(shared_address(&barrier));
+}
+
 /// Fills a [64 tokens, 128] tile, whole chunks by TMA, and completes a phase of `full`.
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,
                                           const uint16_t* rows, int64_t stride_t, int head,

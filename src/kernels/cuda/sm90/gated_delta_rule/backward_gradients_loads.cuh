@@ -127,71 +127,93 @@ __device__ inline void load_gradient_gates(const BackwardArguments& p, GradientS
   });
 }
 
-/// dg and dbeta from the sums; lane l has tokens 2 l and 2 l + 1.
+/// One lane's part of a chunk's sums (ChunkSums), complete: tokens 2 l and 2 l + 1.
+struct TokenSums {
+  float2 read, written, row, column, diagonal;
+  float through;  // times the chunk's decay
+};
+
+/// dg and dbeta of chunk c from the sums.
+__device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, float* d_g_out,
+                                                     float* d_beta_out, const Work& work, int c,
+                                                     const TokenSums& sums, float2 beta, int lane) {
+  constexpr uint32_t kWarp = 0xffffffffU;
+  const float2 d_beta = {sums.column.x + sums.written.x + sums.diagonal.x,
+                         sums.column.y + sums.written.y + sums.diagonal.y};
+  // What begins to cross at the next token, less what no longer does.
+  const float2 step = {beta.x * (sums.written.x + sums.column.x) - sums.row.x,
+                       beta.y * (sums.written.y + sums.column.y) - sums.row.y};
+  float before = step.x + step.y;           // sum over the lanes up to this one, then below it
+  float after = sums.read.x + sums.read.y;  // sum over the lanes from this one on
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float below = __shfl_up_sync(kWarp, before, distance);
+    const float above = __shfl_down_sync(kWarp, after, distance);
+    if (lane >= distance) before += below;
+    if (lane + distance < 32) after += above;
+  }
+  before = __shfl_up_sync(kWarp, before, 1);
+  if (lane == 0) before = 0;
+  const float above = __shfl_down_sync(kWarp, after, 1);
+  const float beyond = lane == 31 ? 0.0F : above;
+  const float2 d_g = {sums.through + before + after,
+                      sums.through + before + step.x + sums.read.y + beyond};
+  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
+  const int64_t token = int64_t{c} * kChunk + 2 * lane;
+  if (token < work.length) {
+    d_g_out[first + token * p.HV] = d_g.x;
+    d_beta_out[first + token * p.HV] = d_beta.x;
+  }
+  if (token + 1 < work.length) {
+    d_g_out[first + (token + 1) * p.HV] = d_g.y;
+    d_beta_out[first + (token + 1) * p.HV] = d_beta.y;
+  }
+}
+
+/// One lane's part of the sums of both roles and all warps.
+__device__ __forceinline__ TokenSums add_up(const ChunkSums& sums, const GateVectors& gates,
+                                            int lane) {
+  const auto pair = [&](const float* vector) {
+    return reinterpret_cast<const float2*>(vector)[lane];
+  };
+  const auto both = [&](const float(&vectors)[2][kChunk]) {
+    const float2 x = pair(vectors[0]);
+    const float2 y = pair(vectors[1]);
+    return float2{x.x + y.x, x.y + y.y};
+  };
+  float2 column = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 part = pair(sums.column[i / 4][i % 4]);
+    column.x += part.x;
+    column.y += part.y;
+  }
+  const float through = gates.from_start[kChunk - 1] *
+                        (sums.through[0] + sums.through[1] + sums.through[2] + sums.through[3]);
+  return {both(sums.read), pair(sums.written),  both(sums.row),
+          column,          pair(sums.diagonal), through};
+}
+
+/// dg and dbeta of every chunk; lane l has tokens 2 l and 2 l + 1.
 __device__ inline void store_gate_gradients(const BackwardArguments& p, GradientShared& shared,
                                             int lane) {
-  constexpr uint32_t kWarp = 0xffffffffU;
   const int group = p.HV / p.H;
   uint32_t next = 0;
   for_each_chunk(p, lane, [&](uint32_t, int, Work work, int c) {
     for (int h = 0; h < group; ++h, ++work.value_head, ++next) {
       const auto gate = slot(shared.gate_full, next);
       const auto stage = slot(shared.sums_full, next);
-      const ChunkSums& sums = shared.sums[stage.stage];
       const GateVectors& gates = shared.gates[gate.stage];
-      const auto pair = [&](const float* vector) {
-        return reinterpret_cast<const float2*>(vector)[lane];
-      };
       mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
       mbarrier_wait(shared_address(&shared.sums_full[stage.stage]), stage.parity);
-      const float2 beta = pair(gates.beta);
-      float2 column = {0, 0};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 part = pair(sums.column[i / 4][i % 4]);
-        column.x += part.x;
-        column.y += part.y;
-      }
-      const float2 written = pair(sums.written);
-      const float2 diagonal = pair(sums.diagonal);
-      const float2 rows[2] = {pair(sums.row[0]), pair(sums.row[1])};
-      const float2 read[2] = {pair(sums.read[0]), pair(sums.read[1])};
-      const float through = gates.from_start[kChunk - 1] *
-                            (sums.through[0] + sums.through[1] + sums.through[2] + sums.through[3]);
-      const float2 d_beta = {column.x + written.x + diagonal.x, column.y + written.y + diagonal.y};
-      // What begins to cross at the next token, less what no longer does.
-      const float2 step = {beta.x * (written.x + column.x) - rows[0].x - rows[1].x,
-                           beta.y * (written.y + column.y) - rows[0].y - rows[1].y};
-      const float2 r = {read[0].x + read[1].x, read[0].y + read[1].y};
+      const float2 beta = reinterpret_cast<const float2*>(gates.beta)[lane];
+      const TokenSums sums = add_up(shared.sums[stage.stage], gates, lane);
       __syncwarp();
       if (lane == 0) {
         mbarrier_arrive(shared_address(&shared.gate_empty[gate.stage]));
         mbarrier_arrive(shared_address(&shared.sums_empty[stage.stage]));
       }
-      float before = step.x + step.y;  // sum over the lanes up to this one, then below it
-      float after = r.x + r.y;         // sum over the lanes from this one on
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const float below = __shfl_up_sync(kWarp, before, distance);
-        const float above = __shfl_down_sync(kWarp, after, distance);
-        if (lane >= distance) before += below;
-        if (lane + distance < 32) after += above;
-      }
-      before = __shfl_up_sync(kWarp, before, 1);
-      if (lane == 0) before = 0;
-      const float above = __shfl_down_sync(kWarp, after, 1);
-      const float beyond = lane == 31 ? 0.0F : above;
-      const float2 d_g = {through + before + after, through + before + step.x + r.y + beyond};
-      const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
-      const int64_t token = int64_t{c} * kChunk + 2 * lane;
-      if (token < work.length) {
-        p.d_g[first + token * p.HV] = d_g.x;
-        p.d_beta[first + token * p.HV] = d_beta.x;
-      }
-      if (token + 1 < work.length) {
-        p.d_g[first + (token + 1) * p.HV] = d_g.y;
-        p.d_beta[first + (token + 1) * p.HV] = d_beta.y;
-      }
+      store_gate_gradients(p, p.d_g, p.d_beta, work, c, sums, beta, lane);
     }
   });
 }
