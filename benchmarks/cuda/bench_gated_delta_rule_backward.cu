@@ -1,6 +1,6 @@
-// Time of the Hopper backward, and of its three kernels alone. dO is normal; the final state has no
-// gradient, as in the published benchmarks. The forward's segment states are there beforehand, as
-// after a training forward.
+// Time of the Hopper backward, and of its three kernels alone, for heads of 128 and for wide ones.
+// dO is normal; the final state has no gradient, as in the published benchmarks. The forward's
+// segment states are there beforehand, as after a training forward.
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -8,6 +8,7 @@
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/launch_backward.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/wide_launch_backward.cuh>
 
 #include "problem.cuh"
 
@@ -15,41 +16,94 @@ namespace {
 
 using namespace gdn::benchmarks;
 
+using Element = __nv_bfloat16;
+namespace cuda = gdn::kernels::cuda;
+
 struct BackwardProblem : Problem {
   GatedDeltaRuleBackward b;
   void* scratch = nullptr;
 
   explicit BackwardProblem(const Shape& shape) : Problem(shape) {
     static_cast<GatedDeltaRuleProblem&>(b) = p;
+    const bool wide = p.K != sm90::kHeadDim || p.V != sm90::kHeadDim;
     const int64_t T = p.T;
-    auto* d_o = allocate<__nv_bfloat16>(T * p.HV * 128);
-    auto* d_q = allocate<__nv_bfloat16>(T * p.H * 128);
-    auto* d_k = allocate<__nv_bfloat16>(T * p.H * 128);
-    auto* d_v = allocate<__nv_bfloat16>(T * p.HV * 128);
-    auto* d_g = allocate<float>(T * p.HV);
-    auto* d_beta = allocate<float>(T * p.HV);
-    auto* segments =
-        allocate<float>(sm90::most_pieces(p, kSegmentTokens) * p.HV * sm90::kStateSize);
-    scratch = allocate<uint8_t>(
-        static_cast<int64_t>(gdn::kernels::cuda::gated_delta_rule_backward_sm90_scratch(b)));
-    for (void* pointer : {static_cast<void*>(d_o), static_cast<void*>(d_q), static_cast<void*>(d_k),
-                          static_cast<void*>(d_v), static_cast<void*>(d_g),
-                          static_cast<void*>(d_beta), static_cast<void*>(segments), scratch}) {
-      memory.push_back(pointer);
-    }
-    fill_rows<<<T * p.HV, 128>>>(d_o, 7, false);
+    const auto keep = [&](auto* array) {
+      memory.push_back(array);
+      return array;
+    };
+    auto* d_o = keep(allocate<Element>(T * p.HV * p.V));
+    auto* segments = keep(allocate<float>(sm90::most_pieces(p, kSegmentTokens) * p.HV * p.K * p.V));
+    fill_rows<<<T * p.HV, p.V>>>(d_o, 7, false);
     p.segment_states = segments;
-    sm90::run_forward(p, {}, nullptr, nullptr);
-    check(cudaDeviceSynchronize(), "forward");
     b.segment_states = segments;
-    b.d_o = {d_o, 0, p.HV * 128, 128};
-    b.d_q = {d_q, 0, p.H * 128, 128};
-    b.d_k = {d_k, 0, p.H * 128, 128};
-    b.d_v = {d_v, 0, p.HV * 128, 128};
-    b.d_g = d_g;
-    b.d_beta = d_beta;
+    if (wide) {
+      void* forward_scratch = keep(allocate<uint8_t>(
+          static_cast<int64_t>(cuda::gated_delta_rule_forward_sm90_wide_scratch(p))));
+      cuda::gated_delta_rule_forward_sm90_wide(p, forward_scratch, nullptr);
+    } else {
+      sm90::run_forward(p, {}, nullptr, nullptr);
+    }
+    check(cudaDeviceSynchronize(), "forward");
+    b.d_o = {d_o, 0, p.HV * p.V, p.V};
+    b.d_q = {keep(allocate<Element>(T * p.H * p.K)), 0, p.H * p.K, p.K};
+    b.d_k = {keep(allocate<Element>(T * p.H * p.K)), 0, p.H * p.K, p.K};
+    b.d_v = {keep(allocate<Element>(T * p.HV * p.V)), 0, p.HV * p.V, p.V};
+    b.d_g = keep(allocate<float>(T * p.HV));
+    b.d_beta = keep(allocate<float>(T * p.HV));
+    scratch = keep(allocate<uint8_t>(
+        static_cast<int64_t>(wide ? cuda::gated_delta_rule_backward_sm90_wide_scratch(b)
+                                  : cuda::gated_delta_rule_backward_sm90_scratch(b))));
   }
 };
+
+/// Milliseconds.
+struct Times {
+  double all, replay, scan, gradients;
+};
+
+Times measure(const BackwardProblem& problem) {
+  const auto arguments = sm90::backward_arguments(problem.b, problem.scratch);
+  return {time([&](cudaStream_t s) { sm90::launch_backward<Element>(problem.b, arguments, s); }),
+          time([&](cudaStream_t s) { sm90::launch_replay<Element>(problem.b, arguments, s); }),
+          time([&](cudaStream_t s) { sm90::launch_scan<Element>(problem.b, arguments, s); }),
+          time([&](cudaStream_t s) { sm90::launch_gradients<Element>(problem.b, arguments, s); })};
+}
+
+Times measure_wide(const BackwardProblem& problem) {
+  const auto arguments = sm90::wide_backward_arguments(problem.b, problem.scratch);
+  const sm90::WideSchedule schedule =
+      sm90::wide_schedule(problem.b.N * problem.b.HV, arguments.slices, sm90::multiprocessors());
+  return {
+      time([&](cudaStream_t s) { sm90::launch_wide_backward<Element>(problem.b, arguments, s); }),
+      time([&](cudaStream_t s) { sm90::launch_wide_replay<Element>(problem.b, arguments, s); }),
+      time([&](cudaStream_t s) {
+        sm90::launch_wide_backward_scan<Element>(problem.b, arguments, schedule, s);
+      }),
+      time([&](cudaStream_t s) { sm90::launch_wide_gradients<Element>(problem.b, arguments, s); })};
+}
+
+std::string sequences(const Shape& shape) {
+  return std::to_string(shape.lengths.size()) + " x " + std::to_string(shape.lengths[0]);
+}
+
+void bench_wide() {
+  const auto equal = [](size_t count, int64_t length) {
+    return std::vector<int64_t>(count, length);
+  };
+  const std::vector<Shape> shapes = {
+      {6, 6, equal(16, 2048), 0, 256, 512}, {6, 6, equal(4, 8192), 0, 256, 512},
+      {6, 6, equal(1, 32768), 0, 256, 512}, {6, 6, equal(1, 2048), 0, 256, 512},
+      {6, 6, equal(16, 2048), 0, 256, 256}, {8, 16, equal(8, 4096), 0, 192, 192},
+  };
+  std::printf("%-8s %-8s %-12s %9s %9s %9s %9s\n", "H/HV", "K/V", "sequences", "ms", "replay",
+              "scan", "gradients");
+  for (const Shape& shape : shapes) {
+    const Times times = measure_wide(BackwardProblem(shape));
+    const std::string sizes = std::to_string(shape.K) + "/" + std::to_string(shape.V);
+    std::printf("%2d/%-5d %-8s %-12s %9.4f %9.4f %9.4f %9.4f\n", shape.H, shape.HV, sizes.c_str(),
+                sequences(shape).c_str(), times.all, times.replay, times.scan, times.gradients);
+  }
+}
 
 }  // namespace
 
@@ -74,27 +128,14 @@ int main() {
               "ratio", "replay", "scan", "gradients");
   double logarithms = 0;
   for (const Shape& shape : shapes) {
-    const BackwardProblem problem(shape);
-    const sm90::BackwardArguments arguments = sm90::backward_arguments(problem.b, problem.scratch);
-    const double ms = time([&](cudaStream_t stream) {
-      gdn::kernels::cuda::gated_delta_rule_backward_sm90(problem.b, problem.scratch, stream);
-    });
-    const double replay = time([&](cudaStream_t stream) {
-      sm90::launch_replay<__nv_bfloat16>(problem.b, arguments, stream);
-    });
-    const double scan = time([&](cudaStream_t stream) {
-      sm90::launch_scan<__nv_bfloat16>(problem.b, arguments, stream);
-    });
-    const double gradients = time([&](cudaStream_t stream) {
-      sm90::launch_gradients<__nv_bfloat16>(problem.b, arguments, stream);
-    });
-    const double ratio = shape.best_published / ms;
+    const Times times = measure(BackwardProblem(shape));
+    const double ratio = shape.best_published / times.all;
     logarithms += std::log(ratio);
-    const std::string name =
-        std::to_string(shape.lengths.size()) + " x " + std::to_string(shape.lengths[0]);
     std::printf("%2d/%-5d %-12s %9.4f %9.3f %7.2f %9.4f %9.4f %9.4f\n", shape.H, shape.HV,
-                name.c_str(), ms, shape.best_published, ratio, replay, scan, gradients);
+                sequences(shape).c_str(), times.all, shape.best_published, ratio, times.replay,
+                times.scan, times.gradients);
   }
   std::printf("geometric mean %.2f\n", std::exp(logarithms / static_cast<double>(shapes.size())));
+  bench_wide();
   return 0;
 }

@@ -71,4 +71,18 @@ size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p);
 /// done. Throws as the forward does.
 void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream);
 
+/// The same for the backward of wide heads; like the other backward it requires the forward's
+/// segment_states.
+std::string why_not_sm90_wide(const GatedDeltaRuleBackward& p);
+
+/// Bytes of scratch memory that it needs: for every chunk of every value head 19 KB, and 72 KB for
+/// every 64 of V; with several value heads a key head 96 KB a multiprocessor more. Of cu_seqlens
+/// only its length counts.
+size_t gated_delta_rule_backward_sm90_wide_scratch(const GatedDeltaRuleBackward& p);
+
+/// Chunked backward for compute capability 9.0 of the heads that gated_delta_rule_forward_sm90_wide
+/// serves; the same bits on every run. `scratch` as there. Throws as the forward does.
+void gated_delta_rule_backward_sm90_wide(const GatedDeltaRuleBackward& p, void* scratch,
+                                         Stream stream);
+
 }  // namespace gdn::kernels::cuda

@@ -152,6 +152,17 @@ __device__ __forceinline__ void store_16_bytes(uint32_t address, uint4 x) {
                : "memory");
 }
 
+/// Writes 16 bytes to global memory if `wanted`, without a branch: products in flight must not meet
+/// any.
+__device__ __forceinline__ void store_global_16_bytes(void* address, uint4 x, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(address),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 // --- 8x8 matrices of 16-bit elements between shared memory and fragments. Lane l gives the address
 // of row l % 8 of matrix l / 8; register m of lane l holds row l / 4, columns 2 (l % 4) and the
 // next of matrix m (of its transpose) ---
