@@ -45,7 +45,7 @@ class CudaOperators : public testing::Test {
 };
 
 TEST_F(CudaOperators, Norms) {
-  for (const int64_t D : {1, 7, 64, 128, 130, 256, 1024, 1032, 2050, 4096}) {
+  for (const int64_t D : {1, 7, 64, 128, 130, 256, 512, 1024, 1032, 2050, 4096, 6152}) {
     const at::Tensor x = torch::randn({3, 50, D}, at::kDouble);
     const at::Tensor gate = torch::randn({3, 50, D}, at::kDouble);
     const at::Tensor weight = torch::randn({D}, at::kDouble);

@@ -15,11 +15,12 @@ using namespace convolution;
 
 constexpr int kRuns = 4;  // of tokens, of a block
 constexpr int kBlock = kRuns * kWarp;
-constexpr int kForwardBlocks = 6, kBackwardBlocks = 3;  // of a multiprocessor, at least
-constexpr int64_t kBytes = 8;                           // of a token's channels of a thread
-constexpr int64_t kForwardTokens = 64;                  // of a run
-constexpr int64_t kBackwardTokens = 64;  // more: the W - 1 behind them are computed twice
-constexpr int kAhead = 4;                // tokens whose inputs are on their way
+constexpr int64_t kBytes = 8;  // of a token's channels of a thread
+// Of a run; backward, the W - 1 behind them are computed twice.
+constexpr int64_t kForwardTokens = 64, kBackwardTokens = 128;
+constexpr int kForwardAhead = 8, kBackwardAhead = 4;  // tokens whose inputs are on their way
+// Blocks of a multiprocessor, at least: 128 and 168 registers a thread. More blocks spill.
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;
 
 /// Where a thread works: its first channel, and its run of tokens.
 template <int kChannels>
@@ -36,6 +37,7 @@ struct Place {
 template <typename T, int kTaps, int kChannels>
 __global__ void __launch_bounds__(kBlock, kForwardBlocks)
     convolution_kernel(ShortConvolutionForward p) {
+  constexpr int kAhead = kForwardAhead;
   const Place<kChannels> place(p, kForwardTokens);
   if (place.d >= p.D || place.begin >= p.T) return;
   Channels<T, kTaps, kChannels> channels(p, place.d);
@@ -130,6 +132,7 @@ struct GradientWindow {
 template <typename T, int kTaps, int kChannels>
 __global__ void __launch_bounds__(kBlock, kBackwardBlocks)
     convolution_backward_kernel(ShortConvolutionBackward p, float* parts) {
+  constexpr int kAhead = kBackwardAhead;
   constexpr int kColumns = kWarp * kChannels;
   __shared__ float sums[kRuns][kTaps + 1][kColumns];
   const Place<kChannels> place(p, kBackwardTokens);
