@@ -146,6 +146,8 @@ def graph_of(call, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
 def median_ms(replays: list, seconds: float = 0.15) -> list[float]:
     """Of each, called in turns; L2 holds whatever the others left."""
     times: list[list[float]] = [[] for _ in replays]
+    if not replays:
+        return []
     begin = time.monotonic()
     while time.monotonic() - begin < seconds * len(replays) or len(times[0]) < 7:
         for replay, mine in zip(replays, times):

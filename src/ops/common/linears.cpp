@@ -34,12 +34,24 @@ std::vector<std::vector<size_t>> products(at::TensorList weights) {
   return groups;
 }
 
-/// The tensors of a group side by side in dimension `dim`.
+/// The tensors of a group side by side in dimension `dim`; small ones are filled up with zeros to a
+/// multiple of 8, without which their products' rows would lie across 16 bytes.
 at::Tensor together(const std::vector<at::Tensor>& all, const std::vector<size_t>& group,
                     int64_t dim) {
-  if (group.size() == 1) return all[group[0]];
+  constexpr int64_t kAligned = 8;
+  const at::Tensor& first = all[group[0]];
+  if (first.sym_size(dim) >= kSmall) return first;
   std::vector<at::Tensor> chosen;
-  for (const size_t i : group) chosen.push_back(all[i]);
+  c10::SymInt size = 0;
+  for (const size_t i : group) {
+    chosen.push_back(all[i]);
+    size += all[i].sym_size(dim);
+  }
+  if (size % kAligned != 0) {
+    std::vector<c10::SymInt> sizes = first.sym_sizes().vec();
+    sizes[dim] = kAligned - size % kAligned;
+    chosen.push_back(at::zeros_symint(sizes, first.options()));
+  }
   return at::cat(chosen, dim);
 }
 
@@ -47,7 +59,7 @@ at::Tensor together(const std::vector<at::Tensor>& all, const std::vector<size_t
 /// rows.
 void take_apart(const at::Tensor& joined, const std::vector<at::Tensor>& weights,
                 const std::vector<size_t>& group, int64_t dim, std::vector<at::Tensor>& parts) {
-  if (group.size() == 1) {
+  if (weights[group[0]].sym_size(0) >= kSmall) {
     parts[group[0]] = joined;
     return;
   }
@@ -100,7 +112,11 @@ class LinearsFunction : public torch::autograd::Function<LinearsFunction> {
     for (const auto& group : products(weights)) {
       const at::Tensor d = together(d_y, group, 1), weight = together(weights, group, 0);
       if (inputs[0].requires_grad()) {
-        d_x = d_x.defined() ? at::addmm(d_x, d, weight) : at::mm(d, weight);
+        if (d_x.defined()) {
+          d_x.addmm_(d, weight);
+        } else {
+          d_x = at::mm(d, weight);
+        }
       }
       take_apart(at::mm(d.t(), x), weights, group, 0, d_weights);
     }
