@@ -9,9 +9,7 @@
 namespace gdn {
 namespace {
 
-c10::Device gpu(int64_t index) {
-  return {c10::kCUDA, static_cast<c10::DeviceIndex>(index)};
-}
+c10::Device gpu(int64_t index) { return {c10::kCUDA, static_cast<c10::DeviceIndex>(index)}; }
 
 /// N of "cuda:N", 0 of "cuda".
 int64_t parse_index(const std::string& name) {
