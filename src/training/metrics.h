@@ -20,7 +20,7 @@ struct StepMetrics {
   double grad_norm = 0;          ///< before clipping
   double tokens_per_second = 0;  ///< since the last record, without evaluation and checkpoints
   double eta_seconds = 0;        ///< to the last step
-  int64_t memory_bytes = 0;      ///< of the process now
+  int64_t memory_bytes = 0;      ///< of the process now; on a GPU the most that tensors took
 };
 
 struct EvalMetrics {
