@@ -14,11 +14,11 @@ SmallBatchLinearPlan plan_small_batch_linear(const SmallBatchLinear& p) {
     // Whole rows of which each sum of squares is a warp's. Their products with the weight need the
     // range of bf16: the factor comes later.
     const bool rows = p.norm_size == p.D && p.gate.data == nullptr && p.dtype == DType::bf16 &&
-                      p.D % (kWarpPieces * kLinearPiece) == 0;
+                      p.D % (int64_t{kWarpPieces} * kLinearPiece) == 0;
     plan.norm = rows ? Norm::rows : Norm::groups;
   }
   plan.tiles = divide_up(p.N, p.swiglu ? kLinearRows / 2 : kLinearRows);
-  plan.stages = divide_up(p.D, kLinearWarps * kSliceUnit);
+  plan.stages = divide_up(p.D, int64_t{kLinearWarps} * kSliceUnit);
   plan.slice = plan.stages * kSliceUnit;
   // A step more than what lies in it: two rows then start on different banks.
   plan.stride = kLinearWarps * plan.slice + kLinearStep;
