@@ -51,6 +51,17 @@ TEST_F(Linears, AResultThatIsNotUsedHasNoGradient) {
   EXPECT_EQ(in[2].grad().abs().max().item<float>(), 0);
 }
 
+TEST_F(Linears, FrozenWeightsGetNoGradient) {
+  Tensors in = inputs();
+  in[0].requires_grad_();
+  in[3].requires_grad_();
+  fused(in).sum().backward();
+  EXPECT_TRUE(in[0].grad().defined());
+  EXPECT_TRUE(torch::allclose(in[3].grad(), in[0].detach().flatten(0, 1).sum(0).expand({64, 12}),
+                              1e-5, 1e-5));
+  for (const size_t frozen : {1, 2, 4}) EXPECT_FALSE(in[frozen].grad().defined()) << frozen;
+}
+
 TEST_F(Linears, AutocastCastsEverything) {
   const Tensors in = inputs();
   Tensors low;

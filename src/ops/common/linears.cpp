@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 
 #include <ATen/ATen.h>
@@ -118,7 +119,9 @@ class LinearsFunction : public torch::autograd::Function<LinearsFunction> {
           d_x = at::mm(d, weight);
         }
       }
-      take_apart(at::mm(d.t(), x), weights, group, 0, d_weights);
+      const bool learns = std::any_of(group.begin(), group.end(),
+                                      [&](size_t i) { return weights[i].requires_grad(); });
+      if (learns) take_apart(at::mm(d.t(), x), weights, group, 0, d_weights);
     }
     variable_list gradients = {d_x.defined() ? d_x.view_symint(inputs[0].sym_sizes()) : d_x};
     gradients.insert(gradients.end(), d_weights.begin(), d_weights.end());
