@@ -9,14 +9,13 @@
 #include <cstring>
 #include <limits>
 #include <optional>
-#include <support/device_tensor.h>
+#include <support/device_forward.h>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/forward_plan.h>
-#include <gdn/kernels/reference/gated_delta_rule.h>
 
 namespace gdn::test {
 namespace {
@@ -42,85 +41,29 @@ std::string describe(const ForwardPlan& plan) {
 /// By `plan` if one is given, else as the device and the shape ask for.
 Results run_device(const GatedDeltaRuleCase& c, const GatedDeltaRuleInputs& inputs, int64_t gap = 0,
                    std::optional<ForwardPlan> plan = std::nullopt) {
-  kernels::GatedDeltaRuleForward p;
-  p.B = c.B;
-  p.T = c.T;
-  p.H = c.H;
-  p.HV = c.HV;
-  p.K = c.K;
-  p.V = c.V;
-  p.N = c.sequences();
-  p.chunk_size = 64;
-  p.dtype = c.dtype;
-  p.scale = 0.7;  // as the reference's runner
-  p.state_v_first = c.state_v_first;
-  DeviceTensor q(c, c.H, gap, &inputs.q, c.K);
-  DeviceTensor k(c, c.H, gap, &inputs.k, c.K);
-  DeviceTensor v(c, c.HV, gap, &inputs.v, c.V);
-  DeviceTensor o(c, c.HV, gap, nullptr, c.V);
-  DeviceArray g(DType::f32, inputs.g);
-  DeviceArray beta(DType::f32, inputs.beta);
-  DeviceArray initial_state(DType::f32, inputs.initial_state);
-  const auto poison = [&](int64_t states) {
-    return Values(static_cast<size_t>(states * c.HV * c.K * c.V),
-                  std::numeric_limits<double>::quiet_NaN());
+  const auto forward = [&](const kernels::GatedDeltaRuleForward& p) {
+    const size_t bytes =
+        plan ? kernels::cuda::sm90::forward_scratch(p, *plan)
+             : kernels::cuda::gated_delta_rule_forward_sm90_scratch(p, longest_sequence(c));
+    void* scratch = nullptr;
+    check(cudaMalloc(&scratch, bytes + 16));
+    check(cudaMemset(scratch, 0xff, bytes));  // NaN
+    if (plan) {
+      kernels::cuda::sm90::run_forward(p, *plan, scratch, nullptr);
+    } else {
+      kernels::cuda::gated_delta_rule_forward_sm90(p, longest_sequence(c), scratch, nullptr);
+    }
+    check(cudaDeviceSynchronize());
+    cudaFree(scratch);
   };
-  p.cu_seqlens = c.cu_seqlens.empty() ? nullptr : c.cu_seqlens.data();
-  const int64_t segments = kernels::segment_count(p);
-  DeviceArray final_state(DType::f32, poison(p.N));
-  DeviceArray segment_states(DType::f32, poison(segments));
-  int64_t* cu_seqlens = nullptr;
-  if (!c.cu_seqlens.empty()) {
-    const size_t bytes = c.cu_seqlens.size() * sizeof(int64_t);
-    check(cudaMalloc(&cu_seqlens, bytes));
-    check(cudaMemcpy(cu_seqlens, c.cu_seqlens.data(), bytes, cudaMemcpyHostToDevice));
-  }
-  p.cu_seqlens = cu_seqlens;
-  p.q = q.const_view();
-  p.k = k.const_view();
-  p.v = v.const_view();
-  p.o = o.view();
-  p.g = g.data();
-  p.beta = beta.data();
-  p.initial_state = c.states ? initial_state.data() : nullptr;
-  p.final_state = final_state.data();
-  p.segment_states = static_cast<float*>(segment_states.data());
-  const size_t bytes =
-      plan ? kernels::cuda::sm90::forward_scratch(p, *plan)
-           : kernels::cuda::gated_delta_rule_forward_sm90_scratch(p, longest_sequence(c));
-  void* scratch = nullptr;
-  check(cudaMalloc(&scratch, bytes + 16));
-  check(cudaMemset(scratch, 0xff, bytes));  // NaN
-  if (plan) {
-    kernels::cuda::sm90::run_forward(p, *plan, scratch, nullptr);
-  } else {
-    kernels::cuda::gated_delta_rule_forward_sm90(p, longest_sequence(c), scratch, nullptr);
-  }
-  check(cudaDeviceSynchronize());
-  Results results = {{"o", o.values()},
-                     {"final_state", final_state.values()},
-                     {"segment_states", segment_states.values()}};
-  cudaFree(cu_seqlens);
-  cudaFree(scratch);
-  return results;
-}
-
-Results reference(GatedDeltaRuleCase c, const GatedDeltaRuleInputs& inputs) {
-  c.dtype = DType::f64;
-  GatedDeltaRuleRunner runner(c, inputs);
-  // Segment states are kept for a backward only.
-  const auto no_backward = [](const kernels::GatedDeltaRuleBackward&) {};
-  Results all = runner.run(kernels::reference::recurrent_gated_delta_rule<double>, no_backward);
-  return {{"o", all["o"]},
-          {"final_state", all["final_state"]},
-          {"segment_states", all["segment_states"]}};
+  return run_on_device(c, inputs, forward, gap);
 }
 
 void expect_near_reference(const GatedDeltaRuleCase& c, int64_t gap = 0,
                            const std::vector<std::optional<ForwardPlan>>& plans = {std::nullopt}) {
   SCOPED_TRACE(testing::PrintToString(c));
   const GatedDeltaRuleInputs inputs = random_inputs(c);
-  const Results want = reference(c, inputs);
+  const Results want = forward_reference(c, inputs);
   const double bound = 8 * std::ldexp(1.0, c.dtype == DType::bf16 ? -9 : -12);
   for (const auto& plan : plans) {
     if (plan) std::printf("    %s\n", describe(*plan).c_str());
