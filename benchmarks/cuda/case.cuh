@@ -11,31 +11,18 @@
 
 #include <gdn/kernels/cuda/device.cuh>
 
+#include "measure.cuh"
+
 namespace gdn::benchmarks {
 
 using namespace gdn::kernels;
-
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-inline __device__ float uniform(uint64_t index, uint64_t seed) {
-  uint64_t x = index * 0x9e3779b97f4a7c15ULL + seed * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return (static_cast<float>((x ^ (x >> 31)) >> 40) + 0.5F) / 16777216.0F;
-}
 
 /// Normal numbers that every type has: multiples of 1/64 below 4.
 template <typename T>
 __global__ void fill(T* x, int64_t count, uint64_t seed) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
-    const float normal =
-        sqrtf(-2 * logf(uniform(2 * i, seed))) * cospif(2 * uniform(2 * i + 1, seed));
-    x[i] = static_cast<T>(fminf(fmaxf(rintf(normal * 64), -255.0F), 255.0F) / 64);
+    x[i] = static_cast<T>(fminf(fmaxf(rintf(normal(i, seed) * 64), -255.0F), 255.0F) / 64);
   }
 }
 
@@ -183,40 +170,6 @@ inline void check_case(const Case& c) {
   ++failures;
   std::printf("WRONG %s: %.2g of the allowed error%s\n", c.name.c_str(), worst,
               same ? "" : ", other bits in the second run");
-}
-
-/// Median milliseconds of graph replays.
-inline double time(const std::function<void(cudaStream_t)>& body) {
-  cudaStream_t stream;
-  check(cudaStreamCreate(&stream), "stream");
-  body(stream);
-  check(cudaStreamSynchronize(stream), "warm-up");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  body(stream);
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  constexpr int kRepeats = 31;
-  std::vector<cudaEvent_t> events(kRepeats + 1);
-  for (auto& event : events) check(cudaEventCreate(&event), "event");
-  for (int warm = 0; warm < 5; ++warm) check(cudaGraphLaunch(exec, stream), "replay");
-  for (int i = 0; i < kRepeats; ++i) {
-    check(cudaEventRecord(events[i], stream), "record");
-    check(cudaGraphLaunch(exec, stream), "replay");
-  }
-  check(cudaEventRecord(events[kRepeats], stream), "record");
-  check(cudaStreamSynchronize(stream), "replay");
-  std::vector<float> times(kRepeats);
-  for (int i = 0; i < kRepeats; ++i) {
-    check(cudaEventElapsedTime(&times[i], events[i], events[i + 1]), "elapsed");
-  }
-  std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
-  for (auto& event : events) cudaEventDestroy(event);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  return times[kRepeats / 2];
 }
 
 __global__ void copy_kernel(const uint4* from, uint4* to) {

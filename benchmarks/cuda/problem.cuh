@@ -11,22 +11,12 @@
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/launch.cuh>
 
+#include "measure.cuh"
+
 namespace gdn::benchmarks {
 
 using namespace gdn::kernels;
 namespace sm90 = gdn::kernels::cuda::sm90;
-using sm90::check;
-
-inline __device__ float uniform(uint64_t index, uint64_t seed) {
-  uint64_t x = index * 0x9e3779b97f4a7c15ULL + seed * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return (static_cast<float>((x ^ (x >> 31)) >> 40) + 0.5F) / 16777216.0F;
-}
-
-inline __device__ float normal(uint64_t index, uint64_t seed) {
-  return sqrtf(-2 * logf(uniform(2 * index, seed))) * cospif(2 * uniform(2 * index + 1, seed));
-}
 
 /// One block a row, one thread an element.
 __global__ void fill_rows(__nv_bfloat16* rows, uint64_t seed, bool normalise) {
@@ -54,41 +44,6 @@ T* allocate(int64_t count) {
   void* memory = nullptr;
   check(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
   return static_cast<T*>(memory);
-}
-
-/// Median milliseconds of graph replays.
-template <typename Body>
-double time(const Body& body) {
-  cudaStream_t stream;
-  check(cudaStreamCreate(&stream), "stream");
-  body(stream);
-  check(cudaStreamSynchronize(stream), "warm-up");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  body(stream);
-  check(cudaStreamEndCapture(stream, &graph), "capture");
-  check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  constexpr int kRepeats = 31;
-  std::vector<cudaEvent_t> events(kRepeats + 1);
-  for (auto& event : events) check(cudaEventCreate(&event), "event");
-  for (int warm = 0; warm < 10; ++warm) check(cudaGraphLaunch(exec, stream), "replay");
-  for (int i = 0; i < kRepeats; ++i) {
-    check(cudaEventRecord(events[i], stream), "record");
-    check(cudaGraphLaunch(exec, stream), "replay");
-  }
-  check(cudaEventRecord(events[kRepeats], stream), "record");
-  check(cudaStreamSynchronize(stream), "replay");
-  std::vector<float> times(kRepeats);
-  for (int i = 0; i < kRepeats; ++i) {
-    check(cudaEventElapsedTime(&times[i], events[i], events[i + 1]), "elapsed");
-  }
-  std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
-  for (auto& event : events) cudaEventDestroy(event);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  return times[kRepeats / 2];
 }
 
 struct Shape {
