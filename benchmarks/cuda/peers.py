@@ -11,6 +11,7 @@ and ratios to the best of the others, losses first. The first use of a peer comp
 import argparse
 import importlib.metadata
 import math
+import os
 import statistics
 import time
 
@@ -47,6 +48,8 @@ class Ours:
 
 class Fla(Ours):
     def __init__(self) -> None:
+        # It hands its work to flash-qla where that is installed, which has a column of its own.
+        os.environ["FLA_FLASH_QLA"] = "0"
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         self.rule = chunk_gated_delta_rule
