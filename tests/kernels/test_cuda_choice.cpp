@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <gdn/kernels/cuda/choice.h>
+#include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/cuda/gated_delta_rule_plan.h>
 #include <gdn/kernels/cuda/small_batch_linear.h>
 #include <gdn/kernels/cuda/small_batch_linear_plan.h>
@@ -80,6 +81,19 @@ TEST(CudaChoice, HopperServesOtherSizesToo) {
   p.V = 512;
   expect_chosen(p, kHopper, Kernel::sm90_wide_forward, "K to 256");
   expect_chosen(p, kAmpere, Kernel::chunk_forward, "not of capability 9.0");
+}
+
+TEST(CudaChoice, SaysWhatThePortableKernelsMultiplyWith) {
+  auto p = hopper_request();
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    p.dtype = dtype;
+    expect_chosen(p, kTuring, Kernel::chunk_forward, "scaled fp16");
+    expect_chosen(p, kAmpere, Kernel::chunk_forward, "TF32");
+    expect_chosen(p, kBlackwell, Kernel::chunk_forward, "TF32");
+  }
+  p.dtype = DType::f32;
+  expect_chosen(p, kTuring, Kernel::chunk_forward, "fp32 multiply-adds");
+  expect_chosen(p, kAmpere, Kernel::chunk_forward, "fp32 multiply-adds");
 }
 
 TEST(CudaChoice, NormalisesForTheHopperKernel) {
@@ -160,6 +174,22 @@ TEST(CudaPlan, WavesCoverEverySequenceWithinTheScratchGoal) {
       EXPECT_GE(plan.segments, 1);
     }
   }
+}
+
+TEST(CudaPlan, ScansFitTheSharedMemoryOfEveryDevice) {
+  constexpr int64_t kTuringBytes = 64 << 10, kGeForceBytes = 99 << 10, kAmpereBytes = 163 << 10;
+  for (const int64_t limit : {kTuringBytes, kGeForceBytes, kAmpereBytes, int64_t{227} << 10}) {
+    for (int64_t K = 1; K <= kMaxKeySize; ++K) {
+      ASSERT_LE(scan_bytes(K, scan_tiles(K, limit)), limit) << "K = " << K;
+    }
+  }
+  EXPECT_EQ(scan_tiles(128, kTuringBytes), 2);
+  EXPECT_EQ(scan_tiles(256, kTuringBytes), 2);
+  EXPECT_EQ(scan_tiles(384, kTuringBytes), 1);
+  EXPECT_EQ(scan_tiles(128, kGeForceBytes), 4);
+  EXPECT_EQ(scan_tiles(256, kGeForceBytes), 2);
+  EXPECT_EQ(scan_tiles(256, kAmpereBytes), 4);
+  EXPECT_EQ(scan_tiles(512, kAmpereBytes), 1);
 }
 
 TEST(CudaPlan, KeepsGridsWithinTheirLimits) {

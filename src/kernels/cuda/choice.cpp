@@ -13,7 +13,16 @@ constexpr const char* kForHopper =
 constexpr const char* kForWide =
     "16-bit heads, K to 256, in chunks of 64 on compute capability 9.0";
 constexpr const char* kNotHopper = "the GPU is not of capability 9.0";
-const std::string kForAny = "any size, dtype and GPU; not the Hopper kernel: ";
+
+/// Why a portable chunked kernel, and what it multiplies with; `why_not` a Hopper kernel.
+std::string for_any(const GatedDeltaRuleProblem& p, ComputeCapability capability,
+                    const std::string& why_not) {
+  const char* products = p.dtype == DType::f32   ? "fp32 multiply-adds"
+                         : capability.major >= 8 ? "tensor cores in TF32"
+                                                 : "tensor cores in scaled fp16, 7.5 has no other";
+  return std::string("any size, dtype and GPU, ") + products +
+         "; not the Hopper kernel: " + why_not;
+}
 
 /// Why no kernel can serve the request; empty if the portable ones can.
 std::string refusal(const GatedDeltaRuleProblem& p, ComputeCapability capability) {
@@ -67,7 +76,7 @@ GatedDeltaRuleChoice choose_forward(const GatedDeltaRuleForward& p, bool recurre
               p.qk_l2norm};
     }
   }
-  return {Kernel::chunk_forward, "cuda::chunk_gated_delta_rule", kForAny + why_not};
+  return {Kernel::chunk_forward, "cuda::chunk_gated_delta_rule", for_any(p, capability, why_not)};
 }
 
 GatedDeltaRuleChoice choose_backward(const GatedDeltaRuleBackward& p,
@@ -88,7 +97,8 @@ GatedDeltaRuleChoice choose_backward(const GatedDeltaRuleBackward& p,
               p.qk_l2norm};
     }
   }
-  return {Kernel::backward, "cuda::chunk_gated_delta_rule_backward", kForAny + why_not};
+  return {Kernel::backward, "cuda::chunk_gated_delta_rule_backward",
+          for_any(p, capability, why_not)};
 }
 
 }  // namespace gdn::kernels::cuda

@@ -40,7 +40,7 @@ void run_wave(const GatedDeltaRuleBackward& p, const Wave& w, int64_t pairs, cud
   if (chunks > 0) launch_scan<T, true>(replayed(p), w, pairs, p.segment_states, stream);
   with_scan_tiles(p.K, [&]<int kTiles>() {
     launch("reverse_scan", reverse_scan_kernel<T, kTiles>, scan_grid<kTiles>(p, pairs),
-           ScanMemory<kTiles>::bytes(p.K), stream, p, w);
+           scan_bytes(p.K, kTiles), stream, p, w);
   });
   if (chunks == 0) return;
   const dim3 slots(chunks, static_cast<unsigned>(pairs * (p.HV / p.H)));

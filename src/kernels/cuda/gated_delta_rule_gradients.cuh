@@ -27,6 +27,8 @@ struct GradientMemory {
   float read[2][kChunk], written[2][kChunk], crossing[kChunk];
   ChunkGates gates;
 };
+inline constexpr int kRowSumBytes = kWarp * 4;  // of row_sum(), beside it
+static_assert(sizeof(GradientMemory) + kRowSumBytes <= kLeastSharedBytes);
 inline constexpr int kCrossingStride = kChunk + 1;
 static_assert(kChunk * kCrossingStride <= 5 * ValueTile::kFloats);
 static_assert(2 * kStageFloats <= 5 * ValueTile::kFloats);
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kTileThreads)
     chunk_gradients_kernel(GatedDeltaRuleBackward p, Wave w) {
   extern __shared__ __align__(16) float dynamic_memory[];
   auto& shared = *reinterpret_cast<GradientMemory*>(dynamic_memory);
-  constexpr bool kTf32 = uses_tf32<T>();
+  constexpr Products kProducts = products_of<T>();
   const int c = static_cast<int>(blockIdx.x);
   const int64_t group = p.HV / p.H, slot = blockIdx.y, pair = slot / group;
   const int64_t index = w.first_pair + pair;
@@ -108,12 +110,12 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int step = 0; step < value_steps; ++step) {
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 3; ++i) ValueTile::put<kTf32>(stage(i), in[i], 1.0F);
+    for (int i = 0; i < 3; ++i) ValueTile::put<kProducts>(stage(i), in[i], 1.0F);
     __syncthreads();
     if (step + 1 < value_steps) fetch_tokens(step + 1);
     const Operand<20, true> right = {stage(2)};
-    d_o_u.template add_product<kTf32, 16>(Operand<20>{stage(0)}, right);
-    z_u.template add_product<kTf32, 16>(Operand<20>{stage(1)}, right);
+    d_o_u.template add_product<kProducts, 16>(Operand<20>{stage(0)}, right);
+    z_u.template add_product<kProducts, 16>(Operand<20>{stage(1)}, right);
   }
   __syncthreads();  // the stages have been read; X takes their place
 
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kTileThreads)
       d = factor * (reader ? scale : 1.0F) * decayed * gates.decay(i, j);
       crossing = factor * decayed * (reader ? w.readers : w.keys)[at];
     }
-    (reader ? shared.d_p : shared.d_g)[i * kMatrixStride + j] = operand<kTf32>(d);
+    (reader ? shared.d_p : shared.d_g)[i * kMatrixStride + j] = operand<kProducts>(d);
     return j < i ? crossing : 0.0F;
   };
   d_o_u.for_each([&](int i, int j, float value) {
@@ -163,15 +165,15 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int step = 0; step < value_steps; ++step) {
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < 5; ++i) ValueTile::put<kTf32>(stage(i), in[i], 1.0F);
+      for (int i = 0; i < 5; ++i) ValueTile::put<kProducts>(stage(i), in[i], 1.0F);
 #pragma unroll
       for (int i = 0; i < ValueTile::kCount; ++i) through = fmaf(in[3][i], in[4][i], through);
       __syncthreads();
       if (step + 1 < value_steps) fetch(step + 1);
       const Operand<20, true> s_right = {stage(3)}, d_s_right = {stage(4)};
-      d_q.template add_product<kTf32, 16>(Operand<20>{stage(0)}, s_right);
-      d_k.template add_product<kTf32, 16>(Operand<20>{stage(1)}, s_right);
-      d_k_writer.template add_product<kTf32, 16>(Operand<20>{stage(2)}, d_s_right);
+      d_q.template add_product<kProducts, 16>(Operand<20>{stage(0)}, s_right);
+      d_k.template add_product<kProducts, 16>(Operand<20>{stage(1)}, s_right);
+      d_k_writer.template add_product<kProducts, 16>(Operand<20>{stage(2)}, d_s_right);
     }
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
@@ -203,18 +205,18 @@ __global__ void __launch_bounds__(kTileThreads)
       q.read(token, first + DepthTile::column(), x);
       k.read(token, first + DepthTile::column(), y);
       __syncthreads();
-      DepthTile::put<kTf32>(q_stage, x, gates.q_factor[token]);
-      DepthTile::put<kTf32>(k_stage, y, gates.k_factor[token]);
+      DepthTile::put<kProducts>(q_stage, x, gates.q_factor[token]);
+      DepthTile::put<kProducts>(k_stage, y, gates.k_factor[token]);
       __syncthreads();
       const Operand<72> k_right = {k_stage}, q_right = {q_stage};
       // Columns (plain) or rows (transposed) from `half` on.
       const Operand<kMatrixStride> d_p = {shared.d_p + half}, d_g = {shared.d_g + half};
       const Operand<kMatrixStride, true> d_p_t = {shared.d_p + half * kMatrixStride},
                                          d_g_t = {shared.d_g + half * kMatrixStride};
-      d_q.template add_product<kTf32, 32>(d_p, k_right);
-      d_k.template add_product<kTf32, 32>(d_g, k_right);
-      d_k.template add_product<kTf32, 32>(d_g_t, k_right);
-      d_k.template add_product<kTf32, 32>(d_p_t, q_right);
+      d_q.template add_product<kProducts, 32>(d_p, k_right);
+      d_k.template add_product<kProducts, 32>(d_g, k_right);
+      d_k.template add_product<kProducts, 32>(d_g_t, k_right);
+      d_k.template add_product<kProducts, 32>(d_p_t, q_right);
     }
     const auto store = [&](Accumulator<4>& sum, float* to) {
       sum.for_each([&](int i, int j, float value) {

@@ -108,18 +108,16 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
-/// Calls body with the scan's kTiles as a constant: of the largest tiles that the device has room
-/// for.
+/// Calls body with the scan's kTiles as a constant.
 template <typename Body>
 void with_scan_tiles(int64_t K, const Body& body) {
-  const int64_t limit = shared_memory_limit();
-  const int wanted = scan_tiles(K);
-  if (wanted >= 4 && ScanMemory<4>::bytes(K) <= limit) {
-    body.template operator()<4>();
-  } else if (wanted >= 2 && ScanMemory<2>::bytes(K) <= limit) {
-    body.template operator()<2>();
-  } else {
-    body.template operator()<1>();
+  switch (scan_tiles(K, shared_memory_limit())) {
+    case 4:
+      return body.template operator()<4>();
+    case 2:
+      return body.template operator()<2>();
+    default:
+      return body.template operator()<1>();
   }
 }
 
@@ -149,7 +147,7 @@ void launch_scan(const GatedDeltaRuleForward& p, const Wave& w, int64_t pairs,
                  const float* kept_states, cudaStream_t stream) {
   with_scan_tiles(p.K, [&]<int kTiles>() {
     launch("scan", scan_kernel<T, kTiles, kReplay>, scan_grid<kTiles>(p, pairs),
-           ScanMemory<kTiles>::bytes(p.K), stream, p, w, kept_states);
+           scan_bytes(p.K, kTiles), stream, p, w, kept_states);
   });
 }
 

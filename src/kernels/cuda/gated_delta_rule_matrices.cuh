@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTileThreads)
     chunk_matrices_kernel(GatedDeltaRuleProblem p, Wave w) {
   extern __shared__ __align__(16) float dynamic_memory[];
   auto& shared = *reinterpret_cast<MatricesMemory*>(dynamic_memory);
-  constexpr bool kTf32 = uses_tf32<T>();
+  constexpr Products kProducts = products_of<T>();
   const int c = static_cast<int>(blockIdx.x);
   const int64_t pair = blockIdx.y;
   const int64_t index = w.first_pair + pair;
@@ -134,14 +134,14 @@ __global__ void __launch_bounds__(kTileThreads)
   fetch(0);
   for (int step = 0; step < steps; ++step) {
     __syncthreads();
-    RowTile::put<kTf32>(k_stage, x, 1.0F);
-    RowTile::put<kTf32>(q_stage, y, 1.0F);
+    RowTile::put<kProducts>(k_stage, x, 1.0F);
+    RowTile::put<kProducts>(q_stage, y, 1.0F);
     __syncthreads();
     if (step + 1 < steps) fetch(step + 1);
     const Operand<36> left = {k_stage}, query = {q_stage};
     const Operand<36, true> right = {k_stage};
-    kk.template add_product<kTf32, 32>(left, right);
-    qk.template add_product<kTf32, 32>(query, right);
+    kk.template add_product<kProducts, 32>(left, right);
+    qk.template add_product<kProducts, 32>(query, right);
   }
   kk.for_each([&](int i, int j, float value) { shared.kk[i * kMatrixStride + j] = value; });
   qk.for_each([&](int i, int j, float value) { shared.qk[i * kMatrixStride + j] = value; });

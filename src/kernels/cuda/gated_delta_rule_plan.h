@@ -36,8 +36,28 @@ WavePlan plan_waves(const GatedDeltaRuleProblem& p, int64_t longest, const PairB
   return plan;
 }
 
-/// Columns of V that a scan's block owns, divided by 16: the state's columns are to fit its shared
-/// memory several times on large GPUs.
-inline int scan_tiles(int64_t K) { return K <= 256 ? 4 : K <= 384 ? 2 : 1; }
+/// Shared memory that a block may have on compute capability 7.5, the least of all: 8.0 has 163 KB,
+/// 8.6 and 12.0 have 99, 9.0 has 227.
+inline constexpr int64_t kLeastSharedBytes = 64 << 10;
+
+/// Floats between the rows of a scan's 16 `tiles` columns of V; see gated_delta_rule_tiles.cuh.
+constexpr int scan_stride(int tiles) {
+  return tiles == 1 ? 20 : tiles * 16 + 8;  // 20 shares banks, but lets K = 512 fit into 64 KB
+}
+
+/// Shared memory of a scan's block: the state with K rounded up to 64, 64 tokens, a stage of 64 x
+/// 36 and 7 numbers of each token's gates.
+constexpr int64_t scan_bytes(int64_t K, int tiles) {
+  const int64_t rows = (K + 63) / 64 * 64 + 64;
+  return (rows * scan_stride(tiles) + 64 * 36 + 7 * 64 + 1) * 4;
+}
+
+/// Columns of V that a scan's block owns, divided by 16: the state's columns are to fit the shared
+/// memory of large GPUs several times, and that of a block, `shared_bytes`, once.
+inline int scan_tiles(int64_t K, int64_t shared_bytes) {
+  int tiles = K <= 256 ? 4 : K <= 384 ? 2 : 1;
+  while (tiles > 1 && scan_bytes(K, tiles) > shared_bytes) tiles /= 2;
+  return tiles;
+}
 
 }  // namespace gdn::kernels::cuda

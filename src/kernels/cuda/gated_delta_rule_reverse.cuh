@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kTileThreads)
     reverse_scan_kernel(GatedDeltaRuleBackward p, Wave w) {
   extern __shared__ __align__(16) float dynamic_memory[];
   const ScanMemory<kTiles> shared(dynamic_memory, p.K);
-  constexpr bool kTf32 = uses_tf32<T>();
+  constexpr Products kProducts = products_of<T>();
   constexpr int kStride = ScanMemory<kTiles>::kStride;
   const int64_t group = p.HV / p.H, slot = blockIdx.y, pair = slot / group;
   const int64_t index = w.first_pair + pair;
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kTileThreads)
         left = decay * old.x;
         right = decay * old.y;
       });
-      add_transposed_product<kTf32>(sum, rows, static_cast<int>(row), factor, shared.stage, tokens);
+      add_transposed_product<kProducts>(sum, rows, static_cast<int>(row), factor, shared.stage,
+                                        tokens);
       sum.for_pairs([&](int i, int j, float left, float right) {
         put_pair(shared.state + (row + i) * kStride + j, left, right);
       });
@@ -73,29 +74,32 @@ __global__ void __launch_bounds__(kTileThreads)
     });
 
     // dU; then dO has served, but for dS.
-    add_rows_product<kTf32, true>(d_u, k, key_steps, shared.stage, d_state);
+    add_rows_product<kProducts, true>(d_u, k, key_steps, shared.stage, d_state);
     d_u.for_each([&](int i, int, float& value) { value *= gates.to_end[i] * gates.k_factor[i]; });
     d_outputs.for_pairs([&](int i, int j, float left, float right) {
       put_pair(shared.tokens + i * kStride + j, left, right);  // 16-bit numbers are TF32 ones
     });
     const auto one = [](int) { return 1.0F; };
-    add_transposed_product<kTf32>(d_u, matrix(w.readers), 0, one, shared.stage, tokens);
+    add_transposed_product<kProducts>(d_u, matrix(w.readers), 0, one, shared.stage, tokens);
     update(gates.whole, q, [&](int token) {
       return static_cast<float>(p.scale) * gates.from_start[token] * gates.q_factor[token];
     });
     __syncthreads();  // dO has been read
     d_u.for_pairs([&](int i, int j, float left, float right) {
-      put_pair(shared.tokens + i * kStride + j, operand<kTf32>(left), operand<kTf32>(right));
+      put_pair(shared.tokens + i * kStride + j, operand<kProducts>(left),
+               operand<kProducts>(right));
     });
 
     Accumulator<kTiles> z;
-    add_transposed_product<kTf32>(z, matrix(w.transposed_inverse), 0, one, shared.stage, tokens);
+    add_transposed_product<kProducts>(z, matrix(w.transposed_inverse), 0, one, shared.stage,
+                                      tokens);
     __syncthreads();  // dU has been read
     T* d_v = static_cast<T*>(p.d_v.data) + s.b * p.d_v.stride_b + s.token(c) * p.d_v.stride_t +
              head * p.d_v.stride_h + v;
     float* z_out = w.z + chunk * kChunk * V + v;
     z.for_pairs([&](int i, int j, float left, float right) {
-      put_pair(shared.tokens + i * kStride + j, operand<kTf32>(left), operand<kTf32>(right));
+      put_pair(shared.tokens + i * kStride + j, operand<kProducts>(left),
+               operand<kProducts>(right));
       store_pair(z_out + i * V + j, left, right, V - v - j, w.value_pairs);
       store_pair(d_v + i * p.d_v.stride_t + j, gates.beta[i] * left, gates.beta[i] * right,
                  i < count ? V - v - j : 0, w.value_pairs);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kTileThreads)
     scan_kernel(GatedDeltaRuleForward p, Wave w, const float* kept_states) {
   extern __shared__ __align__(16) float dynamic_memory[];
   const ScanMemory<kTiles> shared(dynamic_memory, p.K);
-  constexpr bool kTf32 = uses_tf32<T>();
+  constexpr Products kProducts = products_of<T>();
   constexpr int kStride = ScanMemory<kTiles>::kStride;
   const int64_t group = p.HV / p.H, slot = blockIdx.y, pair = slot / group;
   const int64_t index = w.first_pair + pair;
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kTileThreads)
       left = pair.x;
       right = pair.y;
     });
-    add_rows_product<kTf32, true>(r, k, key_steps, shared.stage, state);
+    add_rows_product<kProducts, true>(r, k, key_steps, shared.stage, state);
     if (!kReplay) {
       const Rows<T> q = chunk_rows<T>(p.q, s, c, key_head, K, w.q_vectors);
-      add_rows_product<kTf32, true>(o, q, key_steps, shared.stage, state);
+      add_rows_product<kProducts, true>(o, q, key_steps, shared.stage, state);
       o.for_each([&](int i, int, float& value) {
         value *= static_cast<float>(p.scale) * gates.from_start[i] * gates.q_factor[i];
       });
@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(kTileThreads)
         const int i = r.row(e);
         const float factor = gates.from_start[i] * gates.k_factor[i];
         put_pair(shared.tokens + i * kStride + r.column(tile, e),
-                 operand<kTf32>(values.c[tile][e] - factor * r.c[tile][e]),
-                 operand<kTf32>(values.c[tile][e + 1] - factor * r.c[tile][e + 1]));
+                 operand<kProducts>(values.c[tile][e] - factor * r.c[tile][e]),
+                 operand<kProducts>(values.c[tile][e + 1] - factor * r.c[tile][e + 1]));
       }
     }
 
     // U^, then U in R's place.
     Accumulator<kTiles> u;
-    add_rows_product<kTf32, false>(u, inverse, 2, shared.stage, tokens);
+    add_rows_product<kProducts, false>(u, inverse, 2, shared.stage, tokens);
     if (kReplay) {
       float* u_hat = w.u_hat + chunk * kChunk * V + v;
       u.for_pairs([&](int i, int j, float left, float right) {
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kTileThreads)
     if (kReplay && c + 1 == s.chunks()) break;
     __syncthreads();  // R has been read
     u.for_pairs([&](int i, int j, float left, float right) {
-      put_pair(shared.tokens + i * kStride + j, operand<kTf32>(gates.beta[i] * left),
-               operand<kTf32>(gates.beta[i] * right));
+      put_pair(shared.tokens + i * kStride + j, operand<kProducts>(gates.beta[i] * left),
+               operand<kProducts>(gates.beta[i] * right));
     });
 
     if (!kReplay && p.o.data != nullptr) {
       const Rows<float> readers = {w.readers + chunk * kMatrixSize, kChunk, kChunk, kChunk, true};
-      add_rows_product<kTf32, false>(o, readers, 2, shared.stage, tokens);
+      add_rows_product<kProducts, false>(o, readers, 2, shared.stage, tokens);
       T* out = static_cast<T*>(p.o.data) + s.b * p.o.stride_b + s.token(c) * p.o.stride_t +
                head * p.o.stride_h + v;
       o.for_pairs([&](int i, int j, float left, float right) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads)
         left = gates.whole * old.x;
         right = gates.whole * old.y;
       });
-      add_transposed_product<kTf32>(
+      add_transposed_product<kProducts>(
           sum, k, static_cast<int>(row),
           [&](int token) { return gates.to_end[token] * gates.k_factor[token]; }, shared.stage,
           tokens);

@@ -171,8 +171,9 @@ struct StateLayout {
 template <int kTiles>
 struct ScanMemory {
   static constexpr int kColumns = kTiles * 16;
-  // 20 for 16 columns shares banks, but lets K = 512 fit into 64 KB.
-  static constexpr int kStride = kTiles == 1 ? 20 : kColumns + 8;
+  static constexpr int kStride = scan_stride(kTiles);
+  static_assert(scan_bytes(kChunk, kTiles) ==
+                (2 * kChunk * kStride + kStageFloats) * 4 + sizeof(ChunkGates));
 
   float* state;   // [K rounded up to 64, kStride]
   float* tokens;  // [64, kStride]
@@ -184,10 +185,6 @@ struct ScanMemory {
     tokens = state + (K + kChunk - 1) / kChunk * kChunk * kStride;
     stage = tokens + kChunk * kStride;
     gates = reinterpret_cast<ChunkGates*>(stage + kStageFloats);
-  }
-  static int64_t bytes(int64_t K) {
-    const int64_t rows = divide_up(K, kChunk) * kChunk + kChunk;
-    return (rows * kStride + kStageFloats) * 4 + static_cast<int64_t>(sizeof(ChunkGates));
   }
 
   /// Fills the state; rows and columns that do not exist become 0, as do all without a source.
