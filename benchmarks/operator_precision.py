@@ -5,7 +5,7 @@ An error is the norm of the difference over the norm of the fp64 result, the lar
 that only computing is measured. Plain PyTorch computes the recurrence and losses in fp32, as
 transformers does, and everything else in the precision itself, as PyTorch does.
 
-Usage: operator_precision.py [--library PATH_OF_LIBGDN_OPS]
+Usage: operator_precision.py [--library PATH_OF_LIBGDN_OPS] [--device cuda]
 """
 
 import argparse
@@ -153,10 +153,11 @@ def operators() -> list[Operator]:
         Operator("swiglu", elementwise("gate", "up"), lambda x: [gdn.swiglu(x["gate"], x["up"])],
                  lambda x: [functional.silu(x["gate"]) * x["up"]]),
         Operator("cross_entropy", logits_inputs,
-                 lambda x: [gdn.cross_entropy(x["logits"], TARGET)],
+                 lambda x: [gdn.cross_entropy(x["logits"], TARGET.to(x["logits"].device))],
                  lambda x: [functional.cross_entropy(wide(x["logits"]), TARGET)]),
         Operator("linear_cross_entropy", loss_inputs,
-                 lambda x: [gdn.linear_cross_entropy(x["hidden"], x["head"], TARGET)],
+                 lambda x: [gdn.linear_cross_entropy(x["hidden"], x["head"],
+                                                      TARGET.to(x["hidden"].device))],
                  lambda x: [functional.cross_entropy(wide(x["hidden"] @ x["head"].T), TARGET)]),
         Operator("gated_delta_rule_gate", gate_inputs,
                  lambda x: [gdn.gated_delta_rule_gate(x["a"], x["A_log"], x["dt_bias"])],
@@ -199,16 +200,29 @@ def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(errors)
 
 
-def measure(operator: Operator, dtype: torch.dtype, column: str) -> tuple[float, float]:
-    """Our error and plain PyTorch's."""
+def on(device: str, function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """The function on a device, between tensors on the CPU."""
+
+    def run(x: Tensors, *options: Tensor) -> list[Tensor]:
+        moved = {name: tensor.to(device) for name, tensor in x.items()}
+        return [y.cpu() for y in function(moved, *(option.to(device) for option in options))]
+
+    return run
+
+
+def measure(
+    operator: Operator, dtype: torch.dtype, column: str, device: str = "cpu"
+) -> tuple[float, float]:
+    """Our error on a device, and plain PyTorch's on the CPU."""
     torch.manual_seed(0)
     packed = column == "varlen"
     x = operator.inputs(1 if packed else B, 2 * H if column == "GVA" else H, column == "state")
     x = {name: t if name in operator.fp32 else t.to(dtype) for name, t in x.items()}
-    ours, plain = operator.ours, operator.plain
+    on_device, plain = on(device, operator.ours), operator.plain
+    ours = on_device
     if packed:
         plain = in_pieces(operator.plain, operator.by_token)
-        ours = lambda x: operator.ours(x, torch.tensor(ENDS))[:1]  # noqa: E731
+        ours = lambda x: on_device(x, torch.tensor(ENDS))[:1]  # noqa: E731
     exact = {name: t.double() for name, t in x.items()}
     errors = [0.0, 0.0]
     for gradients in {"forward": (False,), "backward": (True,)}.get(column, (False, True)):
@@ -219,7 +233,7 @@ def measure(operator: Operator, dtype: torch.dtype, column: str) -> tuple[float,
     return errors[0], errors[1]
 
 
-def main() -> None:
+def main(device: str) -> None:
     print("Error against fp64, ours / plain PyTorch's:\n")
     print("| operator | precision | " + " | ".join(COLUMNS) + " |")
     print("| --- " * (len(COLUMNS) + 2) + "|")
@@ -228,7 +242,7 @@ def main() -> None:
             cells = []
             for column in COLUMNS:
                 if column in operator.columns:
-                    ours, plain = measure(operator, dtype, column)
+                    ours, plain = measure(operator, dtype, column, device)
                     cells.append(f"{ours:.1e} / {plain:.1e}")
                 else:
                     cells.append("")
@@ -239,8 +253,10 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", help="libgdn_ops.so, instead of the installed package's")
-    if library := parser.parse_args().library:
+    parser.add_argument("--device", default="cpu", help="where ours computes (default: cpu)")
+    arguments = parser.parse_args()
+    if library := arguments.library:
         os.environ["GDN_OPS_LIBRARY"] = library
     import gated_deltanet  # noqa: F401 (registers the operators)
 
-    main()
+    main(arguments.device)

@@ -27,33 +27,50 @@ int64_t parse_index(const std::string& name) {
   return index;
 }
 
+/// Why the kernels cannot run on the GPU; empty if they can.
+std::string why_not(const Machine::Gpu& gpu) {
+  if (10 * gpu.major + gpu.minor >= 75) return {};
+  return gpu.name + " has compute capability " + std::to_string(gpu.major) + "." +
+         std::to_string(gpu.minor) + ", 7.5 is needed";
+}
+
+Machine this_machine() {
+  Machine machine{.has_kernels = cuda::compiled_in(), .gpus = {}, .why_none = {}};
+  for (const cuda::DeviceInfo& device : cuda::devices()) {
+    machine.gpus.push_back({device.name, device.major, device.minor});
+  }
+  if (machine.gpus.empty()) machine.why_none = cuda::status();
+  return machine;
+}
+
 }  // namespace
 
-DeviceChoice choose_device(const std::string& name) {
+DeviceChoice choose_device(const std::string& name, const Machine& machine) {
   if (name == "cpu") return {c10::kCPU, {}};
   const bool automatic = name == "auto";
   const int64_t index = automatic ? 0 : parse_index(name);
-  if (!cuda::compiled_in()) {
+  const auto count = static_cast<int64_t>(machine.gpus.size());
+  std::string problem;
+  if (!machine.has_kernels) {
     if (automatic) return {c10::kCPU, {}};
-    throw std::runtime_error("device " + name +
-                             ": gdn was built without CUDA kernels (build it with the preset "
-                             "cuda), use --device cpu");
+    problem =
+        "gdn was built without CUDA kernels (build it with the preset cuda), use --device cpu";
+  } else if (count == 0) {
+    problem = machine.why_none;
+  } else if (index >= count) {
+    problem = "this machine has " + std::to_string(count) +
+              (count == 1 ? " GPU, cuda:0" : " GPUs, cuda:0 to cuda:" + std::to_string(count - 1));
+  } else {
+    problem = why_not(machine.gpus[index]);
   }
-  const std::vector<cuda::DeviceInfo> devices = cuda::devices();
-  if (devices.empty()) {
-    const std::string status = cuda::status();
-    const std::string why = status.starts_with("no GPU") ? status : "no GPU can be used";
-    if (automatic) return {c10::kCPU, "computing on the CPU: " + why};
-    throw std::runtime_error("device " + name + ": " + why);
-  }
-  const auto count = static_cast<int64_t>(devices.size());
-  if (index >= count) {
-    throw std::runtime_error("device " + name + ": this machine has " + std::to_string(count) +
-                             (count == 1 ? " GPU, cuda:0" : " GPUs, cuda:0 to cuda:") +
-                             (count == 1 ? "" : std::to_string(count - 1)));
+  if (!problem.empty()) {
+    if (automatic) return {c10::kCPU, "computing on the CPU: " + problem};
+    throw std::runtime_error("device " + name + ": " + problem);
   }
   if (!automatic) return {gpu(index), {}};
-  return {gpu(index), "computing on " + gpu(index).str() + ", " + devices[index].name};
+  return {gpu(index), "computing on " + gpu(index).str() + ", " + machine.gpus[index].name};
 }
+
+DeviceChoice choose_device(const std::string& name) { return choose_device(name, this_machine()); }
 
 }  // namespace gdn

@@ -4,16 +4,30 @@
 
 namespace gdn::cuda {
 
+namespace {
+
+/// 13.0 for 13000.
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+}  // namespace
+
 bool compiled_in() { return true; }
 
 std::string status() {
-  int count = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
-    return std::string("no GPU can be used: ") + cudaGetErrorString(error);
-  }
-  int runtime = 0;
+  int runtime = 0, driver = 0, count = 0;
   cudaRuntimeGetVersion(&runtime);
-  return "CUDA " + std::to_string(runtime / 1000) + "." + std::to_string(runtime % 1000 / 10);
+  cudaDriverGetVersion(&driver);
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess) return "CUDA " + version(runtime);
+  std::string why = cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver) {
+    why = driver == 0 ? "there is no NVIDIA driver"
+                      : "the NVIDIA driver serves CUDA " + version(driver) +
+                            ", this build is for CUDA " + version(runtime);
+  }
+  return "no GPU can be used: " + why;
 }
 
 std::vector<DeviceInfo> devices() {
