@@ -100,6 +100,7 @@ __device__ void load_scan_tiles(const BackwardArguments& p, const Work& work, in
 template <int kHalves>
 __device__ void load_scan_gates(const BackwardArguments& p, const Work& work,
                                 ScanShared<kHalves>& shared, int lane) {
+  if (work.chunks == 0) return;  // before the first chunk lies another sequence, or nothing
   GatePair next = fetch_gates(p, work, work.chunks - 1, lane);
   for (int i = 0; i < work.chunks; ++i) {
     const auto gate = slot(shared.gate_full, i);
