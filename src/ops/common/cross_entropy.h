@@ -14,7 +14,9 @@ enum class Reduction { mean, sum, none };
 /// logits [M, vocabulary] in fp32, bf16 or fp16 (fp64 for gradient checks), target [M] int64.
 /// Rows whose target is ignore_index count nothing. The loss is fp32: a scalar, or [M] for none.
 /// mean divides by the number of counted rows; with none counted the loss is 0 and so are its
-/// gradients. Throws c10::ValueError for a target outside [0, vocabulary).
+/// gradients. A target outside [0, vocabulary) throws c10::ValueError on a CPU. On a GPU, where
+/// looking would be waiting, it makes the loss and the gradient of its row NaN, and so a mean; it
+/// reads nothing out of bounds and leaves no error behind.
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                          int64_t ignore_index = kIgnoreIndex,
                          Reduction reduction = Reduction::mean);

@@ -23,8 +23,9 @@ def cross_entropy(
         fp32 (fp64 for fp64), a scalar, or [M] for "none"; differentiable in logits.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; also for a target outside
-            [0, vocabulary).
+        ValueError: naming the argument, what was expected and what came; on a CPU also for a target
+            outside [0, vocabulary). On a GPU, where looking would be waiting, such a target makes
+            the loss and the gradient of its row NaN, and harms nothing else.
     """
     return torch.ops.gdn.cross_entropy(logits, target, ignore_index, reduction)
 
@@ -51,7 +52,7 @@ def linear_cross_entropy(
         As `cross_entropy`; differentiable in hidden and weight.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: as `cross_entropy`.
     """
     return torch.ops.gdn.linear_cross_entropy(
         hidden, weight, target, ignore_index, reduction, rows_per_block
