@@ -1,9 +1,10 @@
-"""Operators and models on a GPU: right within what their products round by, and clear when refused.
+"""Operators and models on a GPU: right within what their products round by, clear if refused.
 
-An error against fp64 on the CPU may be twice that of plain PyTorch on the CPU at the same precision,
-plus roundings of the result's size, as in `tests/cuda/test_gated_delta_rule_operators.cpp`: one of
-the result; of the gated delta rule in fp32 sums of C + K terms, in 16 bits eight operands of 2^-12
-and, where Hopper's kernels serve, 10 operands of the dtype on the way forward and 18 there and back.
+An error against fp64 on the CPU may be twice that of plain PyTorch on the CPU at the same
+precision, plus roundings of the result's size, as in
+`tests/cuda/test_gated_delta_rule_operators.cpp`: one of the result; of the gated delta rule in fp32
+sums of C + K terms, in 16 bits eight operands of 2^-12 and, where Hopper's kernels serve, 10
+operands of the dtype on the way forward and 18 there and back.
 """
 
 import os
@@ -135,6 +136,8 @@ def test_without_a_visible_gpu(command):
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([command, "info"], env=hidden, capture_output=True, text=True, check=True)
     assert "no GPU can be used: no CUDA-capable device is detected" in run.stdout
-    code = "import torch, gated_deltanet; torch.ops.gdn.l2_norm(torch.ones(8)); torch.ones(1).cuda()"
+    code = (
+        "import gated_deltanet, torch; torch.ops.gdn.l2_norm(torch.ones(8)); torch.ones(1).cuda()"
+    )
     run = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True)
     assert "No CUDA GPUs are available" in run.stderr
