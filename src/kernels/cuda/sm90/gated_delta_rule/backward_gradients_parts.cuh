@@ -78,7 +78,8 @@ __device__ __forceinline__ void add_product(float (&gradient)[64], const float (
 }
 
 /// dP or dG (`pairs`) from `product`, dO U^^T or dV U^^T; and the sums of Y, with `scores`, Q K^T
-/// or K K^T.
+/// or K K^T. Every warp goes through all columns, those above the diagonal too: the code is met
+/// once a piece of work, and what it costs is to fetch it, jumps most of all.
 template <Role kRole, Result kResult = Result::kAdded>
 __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&product)[32],
                                           const float (&scores)[32], const GateVectors& gates,
@@ -89,40 +90,28 @@ __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&prod
   const float b[2] = {gates.b[first_row], gates.b[first_row + 8]};
   const float factor = kQuery ? scale : -1.0F;
   float rows[2] = {0, 0};
+  float diagonal[2] = {0, 0};
   float2 columns[8];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    columns[n] = {0, 0};
-    if (n / 2 > at.warp) {  // above the diagonal
-      if constexpr (kResult == Result::kStored) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) pairs[4 * n + e] = 0.0F;
-      }
-      continue;
-    }
     const float2 b_j = *reinterpret_cast<const float2*>(&gates.b[8 * n + at.column]);
     const float2 beta = *reinterpret_cast<const float2*>(&gates.beta[8 * n + at.column]);
+    columns[n] = {0, 0};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r;
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        const int column = 8 * n + at.column + x;
+        const int distance = first_row + 8 * r - at.column - (8 * n + x);  // row less column
         const int e = 4 * n + 2 * r + x;
-        const bool below = row > column;
-        const bool on = row == column;
         // Above the diagonal the exponent is positive: select, never multiply by zero.
         const float decay = exp2_approx(b[r] - (x == 0 ? b_j.x : b_j.y)) * factor;
-        const float d = below || (kQuery && on) ? decay * product[e] : 0.0F;
+        const float d = distance >= (kQuery ? 0 : 1) ? decay * product[e] : 0.0F;
         const float d_u = d * (x == 0 ? beta.x : beta.y);
         pairs[e] = kResult == Result::kAdded ? pairs[e] + d_u : d_u;
-        if constexpr (kQuery) {
-          if (on) sums.diagonal[row] = scores[e] * d;
-        }
-        if (below) {
-          rows[r] += scores[e] * d_u;
-          (x == 0 ? columns[n].x : columns[n].y) += scores[e] * d;
-        }
+        const float below = distance > 0 ? scores[e] : 0.0F;
+        if constexpr (kQuery) diagonal[r] = distance == 0 ? scores[e] * d : diagonal[r];
+        rows[r] += below * d_u;
+        (x == 0 ? columns[n].x : columns[n].y) += below * d;
       }
     }
   }
@@ -130,6 +119,8 @@ __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&prod
   for (int r = 0; r < 2; ++r) {
     const float sum = sum_row(rows[r]);
     if (at.lane % 4 == 0) sums.row[kIndex][first_row + 8 * r] = sum;
+    // The lane that has the row's element on the diagonal.
+    if (kQuery && at.row / 2 == at.lane % 4) sums.diagonal[first_row + 8 * r] = diagonal[r];
   }
   float2 column;
   const int n = sum_columns(columns, at.lane, column);
@@ -196,26 +187,48 @@ __device__ __forceinline__ void add_within_chunk(float (&gradient)[64], const fl
   release(shared.key_empty[0], at.lane);
 }
 
-/// Writes 128 columns of dQ or dK from column `first` on, those that there are of `size`.
+/// Of a 4 x 4 matrix of words, `words` a lane's row of four neighbouring lanes: the lane's column.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
+  const auto exchange = [&](uint32_t& low, uint32_t& high, int distance) {
+    const bool upper = (lane & distance) != 0;
+    const uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? low : high, distance);
+    (upper ? low : high) = other;
+  };
+  exchange(words[0], words[1], 1);
+  exchange(words[2], words[3], 1);
+  exchange(words[0], words[2], 2);
+  exchange(words[1], words[3], 2);
+}
+
+/// Writes 128 columns of dQ or dK from column `first` on, those that there are of `size`, 16 bytes
+/// a lane.
 template <typename Element>
 __device__ __forceinline__ void store_gradient(const float (&gradient)[64],
                                                const MutableView4& view, const Work& work, int c,
                                                const Fragment& at, int first = 0,
                                                int size = kHeadDim) {
   const int tokens = work.tokens(c);
-  auto* out = static_cast<uint16_t*>(view.data) + work.batch * view.stride_b +
-              (work.begin + int64_t{c} * kChunk) * view.stride_t + work.key_head * view.stride_h +
-              first;
+  const int row = 16 * at.warp + at.row;
+  const int column = first + 8 * (at.lane % 4);
+  uint16_t* out = static_cast<uint16_t*>(view.data) + work.batch * view.stride_b +
+                  (work.begin + int64_t{c} * kChunk + row) * view.stride_t +
+                  work.key_head * view.stride_h + column;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = 16 * at.warp + at.row + 8 * r;
-    if (row >= tokens) continue;
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      if (first + 8 * n >= size) continue;
-      *reinterpret_cast<uint32_t*>(out + row * view.stride_t + 8 * n + at.column) =
-          pack<Element>(gradient[4 * n + 2 * r], gradient[4 * n + 2 * r + 1]);
+    for (int n = 0; n < kHeadDim / 8; n += 4) {
+      // Columns 8 n to 8 n + 31: the lane's two of each eight, then its eight of them all.
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int e = 4 * (n + i) + 2 * r;
+        words[i] = pack<Element>(gradient[e], gradient[e + 1]);
+      }
+      transpose_quad(words, at.lane);
+      store_global_16_bytes(out + 8 * n, {words[0], words[1], words[2], words[3]},
+                            row + 8 * r < tokens && column + 8 * n < size);
     }
+    out += 8 * view.stride_t;
   }
 }
 
