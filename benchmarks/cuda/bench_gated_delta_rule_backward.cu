@@ -19,13 +19,21 @@ using namespace gdn::benchmarks;
 using Element = __nv_bfloat16;
 namespace cuda = gdn::kernels::cuda;
 
+size_t scratch_goal = 0;  // bytes; 0: what the operator takes
+
+size_t goal(bool wide) {
+  if (scratch_goal > 0) return scratch_goal;
+  return wide ? cuda::kWideBackwardScratchGoal : cuda::kBackwardScratchGoal;
+}
+
 struct BackwardProblem : Problem {
   GatedDeltaRuleBackward b;
+  bool wide;
   void* scratch = nullptr;
 
   explicit BackwardProblem(const Shape& shape) : Problem(shape) {
     static_cast<GatedDeltaRuleProblem&>(b) = p;
-    const bool wide = p.K != sm90::kHeadDim || p.V != sm90::kHeadDim;
+    wide = p.K != sm90::kHeadDim || p.V != sm90::kHeadDim;
     const int64_t T = p.T;
     const auto keep = [&](auto* array) {
       memory.push_back(array);
@@ -50,9 +58,9 @@ struct BackwardProblem : Problem {
     b.d_v = {keep(allocate<Element>(T * p.HV * p.V)), 0, p.HV * p.V, p.V};
     b.d_g = keep(allocate<float>(T * p.HV));
     b.d_beta = keep(allocate<float>(T * p.HV));
-    scratch = keep(allocate<uint8_t>(
-        static_cast<int64_t>(wide ? cuda::gated_delta_rule_backward_sm90_wide_scratch(b)
-                                  : cuda::gated_delta_rule_backward_sm90_scratch(b))));
+    const auto bytes = wide ? cuda::gated_delta_rule_backward_sm90_wide_scratch
+                            : cuda::gated_delta_rule_backward_sm90_scratch;
+    scratch = keep(allocate<uint8_t>(static_cast<int64_t>(bytes(b, longest, goal(wide)))));
   }
 };
 
@@ -61,25 +69,30 @@ struct Times {
   double all, replay, scan, gradients;
 };
 
+/// Milliseconds of `launch` of all waves.
+template <typename Backward, typename Launch>
+double time_waves(const BackwardProblem& problem, const Launch& launch) {
+  const Backward backward(problem.b, problem.longest, goal(problem.wide));
+  return time([&](cudaStream_t stream) {
+    backward.for_each(problem.scratch, [&](const auto& wave) { launch(wave, stream); });
+  });
+}
+
 Times measure(const BackwardProblem& problem) {
-  const auto arguments = sm90::backward_arguments(problem.b, problem.scratch);
-  return {time([&](cudaStream_t s) { sm90::launch_backward<Element>(problem.b, arguments, s); }),
-          time([&](cudaStream_t s) { sm90::launch_replay<Element>(problem.b, arguments, s); }),
-          time([&](cudaStream_t s) { sm90::launch_scan<Element>(problem.b, arguments, s); }),
-          time([&](cudaStream_t s) { sm90::launch_gradients<Element>(problem.b, arguments, s); })};
+  const auto time = [&](void (*launch)(const sm90::BackwardArguments&, cuda::Stream)) {
+    return time_waves<sm90::NarrowBackward>(problem, launch);
+  };
+  return {time(sm90::launch_backward<Element>), time(sm90::launch_replay<Element>),
+          time(sm90::launch_scan<Element>), time(sm90::launch_gradients<Element>)};
 }
 
 Times measure_wide(const BackwardProblem& problem) {
-  const auto arguments = sm90::wide_backward_arguments(problem.b, problem.scratch);
-  const sm90::WideSchedule schedule =
-      sm90::wide_schedule(problem.b.N * problem.b.HV, arguments.slices, sm90::multiprocessors());
-  return {
-      time([&](cudaStream_t s) { sm90::launch_wide_backward<Element>(problem.b, arguments, s); }),
-      time([&](cudaStream_t s) { sm90::launch_wide_replay<Element>(problem.b, arguments, s); }),
-      time([&](cudaStream_t s) {
-        sm90::launch_wide_backward_scan<Element>(problem.b, arguments, schedule, s);
-      }),
-      time([&](cudaStream_t s) { sm90::launch_wide_gradients<Element>(problem.b, arguments, s); })};
+  const auto time = [&](void (*launch)(const sm90::WideBackwardArguments&, cuda::Stream)) {
+    return time_waves<sm90::WideBackward>(problem, launch);
+  };
+  return {time(sm90::launch_wide_backward<Element>), time(sm90::launch_wide_replay<Element>),
+          time(sm90::launch_wide_backward_scan<Element>),
+          time(sm90::launch_wide_gradients<Element>)};
 }
 
 std::string sequences(const Shape& shape) {
@@ -107,7 +120,9 @@ void bench_wide() {
 
 }  // namespace
 
-int main() {
+/// An argument is a goal for scratch memory in MiB.
+int main(int count, char** arguments) {
+  if (count > 1) scratch_goal = std::stoull(arguments[1]) << 20;
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);

@@ -26,7 +26,8 @@ Times measure(const Problem& problem) {
   times.forward =
       time([&](cudaStream_t stream) { sm90::launch_wide_forward<Element>(p, forward, stream); });
   times.matrices = time([&](cudaStream_t stream) {
-    sm90::launch_wide_matrices<Element, sm90::Beta::kOfRow>(p, forward, stream);
+    sm90::launch_wide_matrices<Element, sm90::Beta::kOfRow>(
+        forward, sm90::most_pieces(p, sm90::kChunk), stream);
   });
   const int multiprocessors = sm90::multiprocessors();
   const sm90::WideSchedule schedule = sm90::wide_schedule(p.N * p.HV, slices, multiprocessors);
@@ -34,7 +35,8 @@ Times measure(const Problem& problem) {
     sm90::launch_wide_forward_scan<Element>(p, forward, schedule, stream);
   });
 
-  const int64_t segment_heads = sm90::most_pieces(p, kSegmentTokens) * p.HV;
+  const int64_t segments = sm90::most_pieces(p, kSegmentTokens);
+  const int64_t segment_heads = segments * p.HV;
   auto* segment_states = allocate<float>(segment_heads * p.K * p.V);
   check(cudaMemset(segment_states, 0, segment_heads * p.K * p.V * sizeof(float)), "states");
   sm90::WideReplayArguments replay{};
@@ -42,8 +44,9 @@ Times measure(const Problem& problem) {
   replay.segment_states = segment_states;
   replay.s = allocate<uint8_t>(entries * slices * sm90::kWideStateBytes);
   replay.u = allocate<uint8_t>(entries * slices * sm90::kWideWritesBytes);
-  times.replay =
-      time([&](cudaStream_t stream) { sm90::launch_wide_replay<Element>(p, replay, stream); });
+  times.replay = time([&](cudaStream_t stream) {
+    sm90::launch_wide_replay<Element>(replay, sm90::most_pieces(p, sm90::kChunk), segments, stream);
+  });
   for (void* memory : {static_cast<void*>(matrices), static_cast<void*>(segment_states),
                        static_cast<void*>(replay.s), static_cast<void*>(replay.u)}) {
     cudaFree(memory);

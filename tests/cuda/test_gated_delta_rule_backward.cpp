@@ -16,10 +16,7 @@ const DeviceBackward kKernel = {[](const kernels::GatedDeltaRuleForward& f) {
                                   kernels::cuda::sm90::run_forward(f, {}, nullptr, nullptr);
                                 },
                                 kernels::cuda::gated_delta_rule_backward_sm90_scratch,
-                                [](const kernels::GatedDeltaRuleBackward& b, void* scratch) {
-                                  kernels::cuda::gated_delta_rule_backward_sm90(b, scratch,
-                                                                                nullptr);
-                                }};
+                                kernels::cuda::gated_delta_rule_backward_sm90};
 
 TEST(GatedDeltaRuleBackwardSm90, OneChunk) {
   expect_near_reference(kKernel, hopper_case(1, 64, 1, 1, 1));
@@ -92,6 +89,18 @@ TEST(GatedDeltaRuleBackwardSm90, LongSequences) {
   expect_near_reference(kKernel, c);
 }
 
+/// Key heads and segments one at a time; sequences that end in different windows; spans in windows.
+TEST(GatedDeltaRuleBackwardSm90, Waves) {
+  auto c = hopper_case(2, 1100, 2, 4, 11);
+  c.min_g = -0.01;
+  expect_near_reference(kKernel.in_waves(), c, 8);
+  c = hopper_case(1, 2300, 2, 2, 12);
+  c.cu_seqlens = {0, 0, 1040, 1040, 1100, 2300};
+  c.min_g = -0.01;
+  c.state_v_first = true;
+  expect_near_reference(kKernel.in_waves(), c);
+}
+
 TEST(GatedDeltaRuleBackwardSm90, NothingLeaksBetweenSequences) {
   expect_nothing_leaks(kKernel, hopper_case(1, 200, 1, 1, 8), 70);
 }
@@ -105,7 +114,7 @@ TEST(GatedDeltaRuleBackwardSm90, SaysWhatItCannotServe) {
   p.K = p.V = 128;
   p.dtype = DType::bf16;
   EXPECT_NE(kernels::cuda::why_not_sm90(p), "");  // without segment_states
-  EXPECT_THROW(kernels::cuda::gated_delta_rule_backward_sm90(p, nullptr, nullptr),
+  EXPECT_THROW(kernels::cuda::gated_delta_rule_backward_sm90(p, 0, nullptr, nullptr),
                std::invalid_argument);
 }
 

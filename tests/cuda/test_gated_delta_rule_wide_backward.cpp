@@ -20,9 +20,7 @@ const DeviceBackward kKernel = {
       cudaFree(scratch);
     },
     kernels::cuda::gated_delta_rule_backward_sm90_wide_scratch,
-    [](const kernels::GatedDeltaRuleBackward& b, void* scratch) {
-      kernels::cuda::gated_delta_rule_backward_sm90_wide(b, scratch, nullptr);
-    }};
+    kernels::cuda::gated_delta_rule_backward_sm90_wide};
 
 GatedDeltaRuleCase wide_case(int64_t B, int64_t T, int64_t H, int64_t HV, int64_t K, int64_t V,
                              uint64_t seed) {
@@ -99,6 +97,18 @@ TEST(GatedDeltaRuleWideBackwardSm90, LongSequence) {
   expect_near_reference(kKernel, wide_case(1, 1200, 1, 1, 256, 128, 7));
 }
 
+/// Key heads and segments one at a time; sequences that end in different windows.
+TEST(GatedDeltaRuleWideBackwardSm90, Waves) {
+  auto c = wide_case(1, 1100, 2, 4, 256, 136, 11);
+  c.min_g = -0.01;
+  expect_near_reference(kKernel.in_waves(), c, 8);
+  c = wide_case(1, 2300, 1, 1, 192, 128, 12);
+  c.cu_seqlens = {0, 0, 1040, 1040, 1100, 2300};
+  c.min_g = -0.01;
+  c.state_v_first = true;
+  expect_near_reference(kKernel.in_waves(), c);
+}
+
 TEST(GatedDeltaRuleWideBackwardSm90, NothingLeaksBetweenSequences) {
   expect_nothing_leaks(kKernel, wide_case(1, 200, 1, 1, 256, 128, 8), 70);
 }
@@ -113,7 +123,7 @@ TEST(GatedDeltaRuleWideBackwardSm90, SaysWhatItCannotServe) {
   p.V = 512;
   p.dtype = DType::bf16;
   EXPECT_NE(kernels::cuda::why_not_sm90_wide(p), "");  // without segment_states
-  EXPECT_THROW(kernels::cuda::gated_delta_rule_backward_sm90_wide(p, nullptr, nullptr),
+  EXPECT_THROW(kernels::cuda::gated_delta_rule_backward_sm90_wide(p, 0, nullptr, nullptr),
                std::invalid_argument);
 }
 

@@ -5,14 +5,12 @@
 // the same number of roundings: dS', dU, dV, dV decayed, dP or dG, and the result. 16 units.
 #pragma once
 
-#include <cmath>
-#include <cstring>
 #include <limits>
-#include <support/device_tensor.h>
+#include <support/device_problem.h>
 
 #include <gtest/gtest.h>
 
-#include <gdn/kernels/gated_delta_rule.h>
+#include <gdn/kernels/cuda/gated_delta_rule.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
 
 namespace gdn::test {
@@ -20,71 +18,32 @@ namespace gdn::test {
 /// What is tested: a forward for the segment states, a backward and the scratch memory it needs.
 struct DeviceBackward {
   void (*forward)(const kernels::GatedDeltaRuleForward&);
-  size_t (*scratch)(const kernels::GatedDeltaRuleBackward&);
-  void (*backward)(const kernels::GatedDeltaRuleBackward&, void* scratch);
-};
+  size_t (*scratch)(const kernels::GatedDeltaRuleBackward&, int64_t longest, size_t goal);
+  void (*backward)(const kernels::GatedDeltaRuleBackward&, int64_t longest, void* scratch,
+                   kernels::cuda::Stream, size_t goal);
+  size_t scratch_goal = size_t{1} << 30;
 
-inline Values poison(int64_t count) {
-  return Values(static_cast<size_t>(count), std::numeric_limits<double>::quiet_NaN());
-}
+  /// In as many waves as there can be.
+  DeviceBackward in_waves() const { return {forward, scratch, backward, 1}; }
+};
 
 /// Forward for its segment states, then backward.
 inline Results run_device(const DeviceBackward& kernel, const GatedDeltaRuleCase& c,
                           const GatedDeltaRuleInputs& inputs, int64_t gap = 0) {
-  DeviceTensor q(c, c.H, gap, &inputs.q, c.K);
-  DeviceTensor k(c, c.H, gap, &inputs.k, c.K);
-  DeviceTensor v(c, c.HV, gap, &inputs.v, c.V);
-  DeviceTensor o(c, c.HV, gap, nullptr, c.V);
+  DeviceProblem problem(c, inputs, gap);
+  kernel.forward(problem.forward);
   DeviceTensor d_o(c, c.HV, gap, &inputs.d_o, c.V);
   DeviceTensor d_q(c, c.H, gap, nullptr, c.K);
   DeviceTensor d_k(c, c.H, gap, nullptr, c.K);
   DeviceTensor d_v(c, c.HV, gap, nullptr, c.V);
-  DeviceArray g(kernels::DType::f32, inputs.g);
-  DeviceArray beta(kernels::DType::f32, inputs.beta);
-  DeviceArray initial_state(kernels::DType::f32, inputs.initial_state);
   DeviceArray d_final_state(kernels::DType::f32, inputs.d_final_state);
   DeviceArray d_g(kernels::DType::f32, poison(c.B * c.T * c.HV));
   DeviceArray d_beta(kernels::DType::f32, poison(c.B * c.T * c.HV));
   DeviceArray d_initial_state(kernels::DType::f32,
                               poison(static_cast<int64_t>(inputs.initial_state.size())));
-  int64_t* cu_seqlens = nullptr;
-  if (!c.cu_seqlens.empty()) {
-    const size_t bytes = c.cu_seqlens.size() * sizeof(int64_t);
-    check(cudaMalloc(&cu_seqlens, bytes));
-    check(cudaMemcpy(cu_seqlens, c.cu_seqlens.data(), bytes, cudaMemcpyHostToDevice));
-  }
-  const auto describe = [&](kernels::GatedDeltaRuleProblem& p) {
-    p.B = c.B;
-    p.T = c.T;
-    p.H = c.H;
-    p.HV = c.HV;
-    p.K = c.K;
-    p.V = c.V;
-    p.N = c.sequences();
-    p.chunk_size = 64;
-    p.dtype = c.dtype;
-    p.scale = 0.7;  // as the reference's runner
-    p.state_v_first = c.state_v_first;
-    p.cu_seqlens = cu_seqlens;
-    p.q = q.const_view();
-    p.k = k.const_view();
-    p.v = v.const_view();
-    p.g = g.data();
-    p.beta = beta.data();
-    p.initial_state = c.states ? initial_state.data() : nullptr;
-  };
-  kernels::GatedDeltaRuleForward f;
-  describe(f);
-  f.cu_seqlens = c.cu_seqlens.empty() ? nullptr : c.cu_seqlens.data();
-  DeviceArray segments(kernels::DType::f32, poison(kernels::segment_count(f) * c.HV * c.K * c.V));
-  f.cu_seqlens = cu_seqlens;
-  f.o = o.view();
-  f.segment_states = static_cast<float*>(segments.data());
-  kernel.forward(f);
-
   kernels::GatedDeltaRuleBackward b;
-  describe(b);
-  b.segment_states = f.segment_states;
+  static_cast<kernels::GatedDeltaRuleProblem&>(b) = problem.forward;
+  b.segment_states = problem.forward.segment_states;
   b.d_o = d_o.const_view();
   b.d_q = d_q.view();
   b.d_k = d_k.view();
@@ -96,17 +55,15 @@ inline Results run_device(const DeviceBackward& kernel, const GatedDeltaRuleCase
     b.d_initial_state = d_initial_state.data();
   }
   void* scratch = nullptr;
-  const size_t bytes = kernel.scratch(b);
+  const size_t bytes = kernel.scratch(b, problem.longest, kernel.scratch_goal);
   check(cudaMalloc(&scratch, bytes + 16));
   check(cudaMemset(scratch, 0xff, bytes));  // NaN
-  kernel.backward(b, scratch);
+  kernel.backward(b, problem.longest, scratch, nullptr, kernel.scratch_goal);
   check(cudaDeviceSynchronize());
-  Results results = {{"d_q", d_q.values()},       {"d_k", d_k.values()},
-                     {"d_v", d_v.values()},       {"d_g", d_g.values()},
-                     {"d_beta", d_beta.values()}, {"d_initial_state", d_initial_state.values()}};
   cudaFree(scratch);
-  cudaFree(cu_seqlens);
-  return results;
+  return {{"d_q", d_q.values()},       {"d_k", d_k.values()},
+          {"d_v", d_v.values()},       {"d_g", d_g.values()},
+          {"d_beta", d_beta.values()}, {"d_initial_state", d_initial_state.values()}};
 }
 
 inline Results reference(GatedDeltaRuleCase c, const GatedDeltaRuleInputs& inputs) {
@@ -122,14 +79,7 @@ inline void expect_near_reference(const DeviceBackward& kernel, const GatedDelta
   SCOPED_TRACE(testing::PrintToString(c));
   const GatedDeltaRuleInputs inputs = random_inputs(c);
   const Results got = run_device(kernel, c, inputs, gap);
-  const Results want = reference(c, inputs);
-  const double bound = 16 * std::ldexp(1.0, c.dtype == kernels::DType::bf16 ? -9 : -12);
-  for (const auto& [name, values] : want) {
-    ASSERT_EQ(got.at(name).size(), values.size()) << name;
-    const double error = relative_error(got.at(name), values);
-    EXPECT_LE(error, bound) << name;  // false for NaN
-    std::printf("    %-16s relative error %.2e\n", name.c_str(), error);
-  }
+  expect_near(got, reference(c, inputs), 16, c.dtype);
 }
 
 /// The same bits on `runs` further runs.
@@ -137,12 +87,7 @@ inline void expect_same_bits(const DeviceBackward& kernel, const GatedDeltaRuleC
   const auto inputs = random_inputs(c);
   const Results first = run_device(kernel, c, inputs);
   for (int run = 0; run < runs; ++run) {
-    const Results again = run_device(kernel, c, inputs);
-    for (const auto& [name, values] : first) {
-      EXPECT_EQ(std::memcmp(values.data(), again.at(name).data(), values.size() * sizeof(double)),
-                0)
-          << name;
-    }
+    expect_same_bits(first, run_device(kernel, c, inputs));
   }
 }
 

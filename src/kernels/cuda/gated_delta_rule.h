@@ -62,27 +62,36 @@ void gated_delta_rule_forward_sm90_wide(const GatedDeltaRuleForward& p, void* sc
 /// The same for the backward. Besides, it requires the forward's segment_states.
 std::string why_not_sm90(const GatedDeltaRuleBackward& p);
 
+/// The backwards for compute capability 9.0 work in waves of heads and of windows of the sequences,
+/// so that scratch memory stays below these where that is possible. Waves cost a few percent, and
+/// heads of 128 need less memory for their scratch than wide ones.
+inline constexpr size_t kBackwardScratchGoal = size_t{2} << 30;
+inline constexpr size_t kWideBackwardScratchGoal = size_t{640} << 20;
+
 /// Bytes of scratch memory that the backward for compute capability 9.0 needs: 96 KB for every
-/// chunk of every value head. Of cu_seqlens only its length counts.
-size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p);
+/// chunk of every value head of a wave. `longest` as above.
+size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p, int64_t longest,
+                                              size_t scratch_goal = kBackwardScratchGoal);
 
 /// Chunked backward for compute capability 9.0: as the forward, K = V = 128; the same bits on every
-/// run. `scratch`, device memory aligned to 128 bytes, is used until the queued work is
-/// done. Throws as the forward does.
-void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream);
+/// run. `scratch`, device memory aligned to 128 bytes, is used until the queued work is done.
+/// Throws as the forward does.
+void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, int64_t longest, void* scratch,
+                                    Stream stream, size_t scratch_goal = kBackwardScratchGoal);
 
 /// The same for the backward of wide heads; like the other backward it requires the forward's
 /// segment_states.
 std::string why_not_sm90_wide(const GatedDeltaRuleBackward& p);
 
-/// Bytes of scratch memory that it needs: for every chunk of every value head 19 KB, and 72 KB for
-/// every 64 of V; with several value heads a key head 96 KB a multiprocessor more. Of cu_seqlens
-/// only its length counts.
-size_t gated_delta_rule_backward_sm90_wide_scratch(const GatedDeltaRuleBackward& p);
+/// Bytes of scratch memory that it needs: for every chunk of every value head of a wave 19 KB, and
+/// 72 KB for every 64 of V; with several value heads a key head 96 KB a multiprocessor more.
+size_t gated_delta_rule_backward_sm90_wide_scratch(const GatedDeltaRuleBackward& p, int64_t longest,
+                                                   size_t scratch_goal = kWideBackwardScratchGoal);
 
 /// Chunked backward for compute capability 9.0 of the heads that gated_delta_rule_forward_sm90_wide
 /// serves; the same bits on every run. `scratch` as there. Throws as the forward does.
-void gated_delta_rule_backward_sm90_wide(const GatedDeltaRuleBackward& p, void* scratch,
-                                         Stream stream);
+void gated_delta_rule_backward_sm90_wide(const GatedDeltaRuleBackward& p, int64_t longest,
+                                         void* scratch, Stream stream,
+                                         size_t scratch_goal = kWideBackwardScratchGoal);
 
 }  // namespace gdn::kernels::cuda

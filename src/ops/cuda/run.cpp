@@ -178,13 +178,15 @@ void run(const kernels::GatedDeltaRuleBackward& p, int64_t longest, c10::Device 
   }
   switch (choice.kernel) {
     case Kernel::sm90_backward: {
-      void* scratch = place.scratch(kernel::gated_delta_rule_backward_sm90_scratch(chosen));
-      kernel::gated_delta_rule_backward_sm90(chosen, scratch, place.stream());
+      void* scratch =
+          place.scratch(kernel::gated_delta_rule_backward_sm90_scratch(chosen, longest));
+      kernel::gated_delta_rule_backward_sm90(chosen, longest, scratch, place.stream());
       break;
     }
     case Kernel::sm90_wide_backward: {
-      void* scratch = place.scratch(kernel::gated_delta_rule_backward_sm90_wide_scratch(chosen));
-      kernel::gated_delta_rule_backward_sm90_wide(chosen, scratch, place.stream());
+      void* scratch =
+          place.scratch(kernel::gated_delta_rule_backward_sm90_wide_scratch(chosen, longest));
+      kernel::gated_delta_rule_backward_sm90_wide(chosen, longest, scratch, place.stream());
       break;
     }
     default: {

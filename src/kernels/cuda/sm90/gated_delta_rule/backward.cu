@@ -8,19 +8,22 @@
 
 namespace gdn::kernels::cuda {
 
-size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p) {
-  return sm90::ScratchLayout(p, sm90::multiprocessors()).bytes();
+size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p, int64_t longest,
+                                              size_t scratch_goal) {
+  if (p.N == 0 || p.HV == 0) return 0;
+  return sm90::NarrowBackward(p, longest, scratch_goal).scratch_bytes();
 }
 
-void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, void* scratch, Stream stream) {
+void gated_delta_rule_backward_sm90(const GatedDeltaRuleBackward& p, int64_t longest, void* scratch,
+                                    Stream stream, size_t scratch_goal) {
   if (const std::string reason = why_not_sm90(p); !reason.empty()) {
     throw std::invalid_argument("gated_delta_rule_backward_sm90: " + reason);
   }
   if (p.N == 0 || p.HV == 0) return;
-  const sm90::BackwardArguments arguments = sm90::backward_arguments(p, scratch);
   const auto launch =
       p.dtype == DType::bf16 ? sm90::launch_backward<__nv_bfloat16> : sm90::launch_backward<__half>;
-  launch(p, arguments, stream);
+  sm90::NarrowBackward(p, longest, scratch_goal)
+      .for_each(scratch, [&](const sm90::BackwardArguments& wave) { launch(wave, stream); });
 }
 
 }  // namespace gdn::kernels::cuda

@@ -24,16 +24,49 @@ inline constexpr int kMatricesBytes = 2 * kMatrixBytes;  // T^T, P
 inline constexpr int kWritesBytes = kTileBytes;          // U^: two tiles of 64 tokens x 64 of V
 inline constexpr int kScratchBytes = 2 * kStateBytes + kMatricesBytes + kWritesBytes;
 
-struct BackwardArguments : ProblemArguments {
+/// What backwards have beside the problem and what they keep in scratch memory.
+struct GradientTensors {
   CUtensorMap d_o, d_v;  // [B, T, HV, V]
   ConstView4 d_o_view;
-  MutableView4 d_q, d_k;            // [B, T, H, K]
-  MutableView4 d_v_view;            // [B, T, HV, V]
-  float* d_g;                       // [B, T, HV]
-  float* d_beta;                    // [B, T, HV]
+  MutableView4 d_q, d_k;       // [B, T, H, K]
+  MutableView4 d_v_view;       // [B, T, HV, V]
+  float* d_g;                  // [B, T, HV]
+  float* d_beta;               // [B, T, HV]
+  const float* d_final_state;  // [N, HV, K, V] or null
+  float* d_initial_state;      // [N, HV, K, V] or null
+  float* carry;                // scratch: [N, HV, K, V], dS between windows; with several of them
+};
+
+/// The ends of a window of a sequence: dS at its end and where dS at its start goes. Null: zero,
+/// nowhere. Both lie as the problem's states do.
+struct WindowEnds {
+  const float* from;
+  float* to;
+};
+
+template <typename Arguments>
+__device__ __forceinline__ WindowEnds window_ends(const Arguments& p, const Work& work) {
+  const int64_t state_size = int64_t{p.K} * p.V;
+  const int64_t head = (int64_t{work.sequence} * p.all_heads + work.value_head) * state_size;
+  float* carry = p.carry + (int64_t{work.sequence} * p.HV + work.value_head) * state_size;
+  WindowEnds ends = {carry, carry};
+  if (sequence_tokens(p, work.sequence) - p.window_begin <= p.window_tokens) {
+    ends.from = p.d_final_state != nullptr ? p.d_final_state + head : nullptr;
+  }
+  if (p.window_begin == 0) {
+    ends.to = p.d_initial_state != nullptr ? p.d_initial_state + head : nullptr;
+  }
+  return ends;
+}
+
+/// Whether the window has nothing to do for a sequence; one without tokens has its states in the
+/// first.
+__device__ __forceinline__ bool absent(const ProblemArguments& p, const Work& work) {
+  return work.length == 0 && p.window_begin > 0;
+}
+
+struct BackwardArguments : ProblemArguments, GradientTensors {
   const float* segment_states;      // [segments, HV, K, V]
-  const float* d_final_state;       // [N, HV, K, V] or null
-  float* d_initial_state;           // [N, HV, K, V] or null
   uint8_t *s, *d_s, *matrices, *u;  // scratch: [chunks, HV] of the sizes above
   int span_tokens;                  // the scan's spans; 0: whole sequences
   float* span_starts;               // [spans, HV, K, V], dS; backward_scan.cuh

@@ -158,15 +158,15 @@ __device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, 
   const float beyond = lane == 31 ? 0.0F : above;
   const float2 d_g = {sums.through + before + after,
                       sums.through + before + step.x + sums.read.y + beyond};
-  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
+  const int64_t first = (work.batch * p.T + work.begin) * p.all_heads + work.value_head;
   const int64_t token = int64_t{c} * kChunk + 2 * lane;
   if (token < work.length) {
-    d_g_out[first + token * p.HV] = d_g.x;
-    d_beta_out[first + token * p.HV] = d_beta.x;
+    d_g_out[first + token * p.all_heads] = d_g.x;
+    d_beta_out[first + token * p.all_heads] = d_beta.x;
   }
   if (token + 1 < work.length) {
-    d_g_out[first + (token + 1) * p.HV] = d_g.y;
-    d_beta_out[first + (token + 1) * p.HV] = d_beta.y;
+    d_g_out[first + (token + 1) * p.all_heads] = d_g.y;
+    d_beta_out[first + (token + 1) * p.all_heads] = d_beta.y;
   }
 }
 

@@ -203,7 +203,7 @@ struct ReplayScan {
   }
 
   __device__ __forceinline__ void run(int64_t segment) {
-    const float* state = p.segment_states + (segment * p.HV + work.value_head) * kStateSize;
+    const float* state = p.segment_states + (segment * p.all_heads + work.value_head) * kStateSize;
     StatePosition(half, thread, false).for_each([&](int i, int64_t offset) {
       s[i] = state[offset];
     });
@@ -253,14 +253,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<ReplayShared*>(raw_shared);
   const int thread = threadIdx.x % 128;
   const int lane = thread % 32;
-  const int segment = blockIdx.x / p.HV;
-  const Piece piece = find_piece(p, kSegmentTokens, segment, lane);
+  const Piece piece = find_piece(p, kSegmentTokens, blockIdx.x / p.HV, lane);
   if (piece.sequence == p.N) return;
   initialise(shared, p);
   Work work(p, piece.sequence, blockIdx.x % p.HV);
   work.narrow(piece.index * kSegmentTokens, kSegmentTokens);
   const int first_chunk =
       first_piece(p, kChunk, piece.sequence, lane) + piece.index * kSegmentChunks;
+  const int segment_state = first_segment(p, piece.sequence, lane) +
+                            static_cast<int>(p.window_begin / kSegmentTokens) + piece.index;
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     lower_registers<kLoadRegisters>();
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_chunk_matrices<Element, Beta::kOfColumn>(p, work, shared, thread);
   } else {
     raise_registers<kStateRegisters>();
-    ReplayScan<Element>(p, work, first_chunk, shared, warpgroup - 2, thread).run(segment);
+    ReplayScan<Element>(p, work, first_chunk, shared, warpgroup - 2, thread).run(segment_state);
   }
 }
 

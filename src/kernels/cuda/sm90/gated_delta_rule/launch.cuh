@@ -85,6 +85,9 @@ inline void set_problem(const GatedDeltaRuleProblem& p, ProblemArguments& argume
   arguments.N = static_cast<int>(p.N);
   arguments.H = static_cast<int>(p.H);
   arguments.HV = static_cast<int>(p.HV);
+  arguments.all_heads = arguments.HV;
+  arguments.window_begin = 0;
+  arguments.window_tokens = kWholeSequence;
   arguments.K = static_cast<int>(p.K);
   arguments.V = static_cast<int>(p.V);
   arguments.scale = static_cast<float>(p.scale);

@@ -84,6 +84,9 @@ __device__ __forceinline__ Slot<static_cast<int>(kStages)> slot(const uint64_t (
   return Slot<static_cast<int>(kStages)>(c);
 }
 
+/// Tokens of a window that no sequence reaches beyond.
+inline constexpr int64_t kWholeSequence = int64_t{1} << 62;
+
 /// Kernel arguments of forward and backward; dimensions as in GatedDeltaRuleProblem.
 struct ProblemArguments {
   CUtensorMap q, k;  // [B, T, H, K], boxes of 64 tokens x 64 elements
@@ -94,6 +97,10 @@ struct ProblemArguments {
   const int64_t* cu_seqlens;  // [N + 1] or null
   int64_t T;
   int N, H, HV, K, V;
+  int all_heads;  // value heads of g, beta and the states, of which a launch serves HV
+  // What a launch serves of every sequence: tokens window_begin to window_begin + window_tokens,
+  // both multiples of kSegmentTokens.
+  int64_t window_begin, window_tokens;
   float scale;
   bool state_v_first;
 };
@@ -106,7 +113,17 @@ struct ForwardArguments : ProblemArguments {
   float* segment_states;       // [segments, HV, K, V] or null
 };
 
-/// The piece of work of one block: a sequence, or a piece of it, and a value head.
+/// Tokens of a sequence.
+__device__ __forceinline__ int64_t sequence_tokens(const ProblemArguments& p, int sequence) {
+  return p.cu_seqlens != nullptr ? p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence] : p.T;
+}
+
+/// Those of them that are in the window.
+__device__ __forceinline__ int64_t window_tokens(const ProblemArguments& p, int sequence) {
+  return min(max(sequence_tokens(p, sequence) - p.window_begin, int64_t{0}), p.window_tokens);
+}
+
+/// The piece of work of one block: the window of a sequence, or a piece of it, and a value head.
 struct Work {
   int sequence, value_head, key_head;
   int batch;
@@ -118,8 +135,8 @@ struct Work {
         value_head(value_head),
         key_head(value_head / (p.HV / p.H)),
         batch(p.cu_seqlens != nullptr ? 0 : sequence),
-        begin(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence] : 0),
-        length(p.cu_seqlens != nullptr ? p.cu_seqlens[sequence + 1] - begin : p.T),
+        begin((p.cu_seqlens != nullptr ? p.cu_seqlens[sequence] : 0) + p.window_begin),
+        length(window_tokens(p, sequence)),
         chunks(chunk_count(length)) {}
 
   /// Keeps `tokens` tokens from token `first` on, fewer if the sequence ends before.

@@ -119,16 +119,16 @@ struct GatePair {
 /// Tokens past the end of the work neither decay nor write (g = beta = 0).
 __device__ __forceinline__ GatePair fetch_gates(const ProblemArguments& p, const Work& work, int c,
                                                 int lane) {
-  const int64_t first = (work.batch * p.T + work.begin) * p.HV + work.value_head;
+  const int64_t first = (work.batch * p.T + work.begin) * p.all_heads + work.value_head;
   const int64_t token = int64_t{c} * kChunk + 2 * lane;
   GatePair gates = {{0, 0}, {0, 0}};
   if (token < work.length) {
-    gates.g.x = p.g[first + token * p.HV];
-    gates.beta.x = p.beta[first + token * p.HV];
+    gates.g.x = p.g[first + token * p.all_heads];
+    gates.beta.x = p.beta[first + token * p.all_heads];
   }
   if (token + 1 < work.length) {
-    gates.g.y = p.g[first + (token + 1) * p.HV];
-    gates.beta.y = p.beta[first + (token + 1) * p.HV];
+    gates.g.y = p.g[first + (token + 1) * p.all_heads];
+    gates.beta.y = p.beta[first + (token + 1) * p.all_heads];
   }
   return gates;
 }

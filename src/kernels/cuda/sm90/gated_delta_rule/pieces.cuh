@@ -14,18 +14,20 @@ struct Piece {
   int sequence, index;
 };
 
-/// At most so many pieces of `tokens` tokens have all sequences together, each at least `least`;
-/// their lengths are known to the device alone.
-inline int64_t most_pieces(const GatedDeltaRuleProblem& p, int64_t tokens, int64_t least = 0) {
-  return p.cu_seqlens != nullptr ? p.T / tokens + p.N
-                                 : p.N * std::max((p.T + tokens - 1) / tokens, least);
+/// At most so many pieces of `tokens` tokens have all sequences together, each at least `least`, in
+/// a window of `window` tokens; their lengths are known to the device alone.
+template <typename Problem>
+int64_t most_pieces(const Problem& p, int64_t tokens, int64_t least = 0,
+                    int64_t window = kWholeSequence) {
+  const int64_t each = std::max((std::min<int64_t>(p.T, window) + tokens - 1) / tokens, least);
+  return p.cu_seqlens != nullptr ? std::min(p.T / tokens + p.N, p.N * std::max<int64_t>(each, 1))
+                                 : p.N * each;
 }
 
-/// Pieces of `tokens` tokens that sequence n < N has, at least `least`.
+/// Pieces of `tokens` tokens that sequence n < N has in the window, at least `least`.
 __device__ __forceinline__ int piece_count(const ProblemArguments& p, int n, int tokens,
                                            int least = 0) {
-  const int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[n + 1] - p.cu_seqlens[n] : p.T;
-  return max(static_cast<int>((length + tokens - 1) / tokens), least);
+  return max(static_cast<int>((window_tokens(p, n) + tokens - 1) / tokens), least);
 }
 
 /// Piece `index` of all sequences together. Every lane of the warp calls it.
@@ -62,6 +64,17 @@ __device__ inline int first_piece(const ProblemArguments& p, int tokens, int seq
   if (p.cu_seqlens == nullptr) return sequence * piece_count(p, 0, tokens, least);
   int sum = 0;
   for (int n = lane; n < sequence; n += 32) sum += piece_count(p, n, tokens, least);
+  return __reduce_add_sync(0xffffffffU, sum);
+}
+
+/// Index of the first of a sequence's segment states. Every lane of the warp calls it.
+__device__ inline int first_segment(const ProblemArguments& p, int sequence, int lane) {
+  const auto count = [&](int n) {
+    return static_cast<int>((sequence_tokens(p, n) + kSegmentTokens - 1) / kSegmentTokens);
+  };
+  if (p.cu_seqlens == nullptr) return sequence * count(0);
+  int sum = 0;
+  for (int n = lane; n < sequence; n += 32) sum += count(n);
   return __reduce_add_sync(0xffffffffU, sum);
 }
 

@@ -7,20 +7,22 @@
 
 namespace gdn::kernels::cuda {
 
-size_t gated_delta_rule_backward_sm90_wide_scratch(const GatedDeltaRuleBackward& p) {
-  return sm90::WideScratchLayout(p, sm90::multiprocessors()).bytes();
+size_t gated_delta_rule_backward_sm90_wide_scratch(const GatedDeltaRuleBackward& p, int64_t longest,
+                                                   size_t scratch_goal) {
+  if (p.N == 0 || p.HV == 0) return 0;
+  return sm90::WideBackward(p, longest, scratch_goal).scratch_bytes();
 }
 
-void gated_delta_rule_backward_sm90_wide(const GatedDeltaRuleBackward& p, void* scratch,
-                                         Stream stream) {
+void gated_delta_rule_backward_sm90_wide(const GatedDeltaRuleBackward& p, int64_t longest,
+                                         void* scratch, Stream stream, size_t scratch_goal) {
   if (const std::string reason = why_not_sm90_wide(p); !reason.empty()) {
     throw std::invalid_argument("gated_delta_rule_backward_sm90_wide: " + reason);
   }
   if (p.N == 0 || p.HV == 0) return;
-  const sm90::WideBackwardArguments arguments = sm90::wide_backward_arguments(p, scratch);
   const auto launch = p.dtype == DType::bf16 ? sm90::launch_wide_backward<__nv_bfloat16>
                                              : sm90::launch_wide_backward<__half>;
-  launch(p, arguments, stream);
+  sm90::WideBackward(p, longest, scratch_goal)
+      .for_each(scratch, [&](const sm90::WideBackwardArguments& wave) { launch(wave, stream); });
 }
 
 }  // namespace gdn::kernels::cuda

@@ -21,18 +21,10 @@ struct WideGateSums {
   alignas(128) float through;  // times the chunk's decay
 };
 
-struct WideBackwardArguments : WideReplayArguments {
-  CUtensorMap d_o, d_v;  // [B, T, HV, V]
-  ConstView4 d_o_view;
-  MutableView4 d_q, d_k;       // [B, T, H, K]
-  MutableView4 d_v_view;       // [B, T, HV, V]
-  float* d_g;                  // [B, T, HV]
-  float* d_beta;               // [B, T, HV]
-  const float* d_final_state;  // [N, HV, K, V] or null
-  float* d_initial_state;      // [N, HV, K, V] or null
-  uint8_t* d_s;                // [chunks, HV, slices]: dS'^T, kWideStateBytes each
-  WideGateSums* gate_sums;     // [chunks, HV][kWideHalves]
-  float* group_sums;           // [blocks of the gradients kernel][kWideGroupSums]
+struct WideBackwardArguments : WideReplayArguments, GradientTensors {
+  uint8_t* d_s;             // [chunks, HV, slices]: dS'^T, kWideStateBytes each
+  WideGateSums* gate_sums;  // [chunks, HV][kWideHalves]
+  float* group_sums;        // [blocks of the gradients kernel][kWideGroupSums]
 };
 
 }  // namespace gdn::kernels::cuda::sm90

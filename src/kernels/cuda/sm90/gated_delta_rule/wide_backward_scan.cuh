@@ -4,12 +4,11 @@
 // - dS' is converted 64 columns at a time, into one of two buffers of 16 registers; a piece goes to
 //   scratch memory while it is multiplied by K.
 // - One accumulator serves K dS' and P^T dO, one after the other: two do not fit.
-// - Each warp stages what it writes in shared memory of its own and writes it with ordinary stores:
-//   no fence for the copy engine, no meeting of warps.
 // The blocks of a cluster have neighbouring slices of one head: each loads a part of K, Q, T, P for
 // all of them.
 #pragma once
 
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/warp_stores.cuh>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/wide_backward.cuh>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/wide_scan.cuh>
 
@@ -19,12 +18,11 @@ namespace gdn::kernels::cuda::sm90 {
 template <int kGroups>
 struct WideBackwardScanShared {
   static constexpr int kStages = 2;
-  static constexpr int kWarpBytes = 16 * 128;  // 16 rows of a tile
   alignas(1024) uint8_t k[kStages][kWideKeyBytes];
   alignas(1024) uint8_t q[kStages][kWideKeyBytes];
   alignas(1024) uint8_t d_o[kStages][kGroups][kHalfTileBytes];
   alignas(1024) uint8_t matrices[kStages][kWideMatricesBytes];
-  alignas(1024) uint8_t out[kGroups][4][kWarpBytes];
+  alignas(1024) uint8_t out[kGroups][4][kWarpStoreBytes];
   GateVectors gates[kGateStages];
   alignas(8) uint64_t full[kStages], empty[kStages];
   uint64_t gate_full[kGateStages], gate_empty[kGateStages];
@@ -147,8 +145,9 @@ struct WideGradientScan {
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     const float decay = gates.from_start[kChunk - 1];
     mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
-    uint8_t* state =
-        p.d_s + p.entry(first_chunk + chunk_of(i), work.value_head, slice) * kWideStateBytes;
+    uint8_t* state =  // this warp's rows
+        p.d_s + p.entry(first_chunk + chunk_of(i), work.value_head, slice) * kWideStateBytes +
+        at.warp * kWarpStoreBytes;
     uint32_t operand[2][4][4];  // 64 columns of dS'^T each
 #pragma unroll
     for (int piece = 0; piece < kWideKeyTiles; ++piece) {
@@ -171,7 +170,7 @@ struct WideGradientScan {
                            piece + j > 0);
       }
       wgmma_commit();
-      store_state(part, state + piece * kHalfTileBytes, at);
+      store_rows(part, 0, staged(at), state + piece * kHalfTileBytes, at.lane, slice < p.slices);
     }
     wgmma_wait<0>();
     pin(a);
@@ -251,13 +250,11 @@ struct WideGradientScan {
   }
 
   __device__ __forceinline__ void run() {
-    const int64_t state_size = int64_t{p.K} * p.V;
-    const int64_t head = int64_t{work.sequence} * p.HV + work.value_head;
+    const WindowEnds ends = window_ends(p, work);
 #pragma unroll
     for (float& x : s) x = 0.0F;
-    if (p.d_final_state != nullptr) {
-      const float* from = p.d_final_state + head * state_size;
-      for_each_of_state<kWideKeyTiles>(p, from, slice, ScanThread().thread, p.state_v_first,
+    if (ends.from != nullptr) {
+      for_each_of_state<kWideKeyTiles>(p, ends.from, slice, ScanThread().thread, p.state_v_first,
                                        [&](int i, const float* memory) { s[i] = *memory; });
     }
     if (work.chunks > 0) {
@@ -269,9 +266,8 @@ struct WideGradientScan {
       }
       complete(work.chunks - 1);
     }
-    if (p.d_initial_state != nullptr) {
-      float* to = p.d_initial_state + head * state_size;
-      for_each_of_state<kWideKeyTiles>(p, to, slice, ScanThread().thread, p.state_v_first,
+    if (ends.to != nullptr) {
+      for_each_of_state<kWideKeyTiles>(p, ends.to, slice, ScanThread().thread, p.state_v_first,
                                        [&](int i, float* memory) { *memory = s[i]; });
     }
   }
@@ -308,54 +304,20 @@ struct WideGradientScan {
     wgmma_commit();
   }
 
-  /// This warp's 16 rows of 64 columns of dS'^T, to a tile in scratch memory.
-  __device__ __forceinline__ void store_state(const uint32_t (&part)[4][4], uint8_t* tile,
-                                              const ScanThread& at) const {
-    const uint32_t staged = shared_address(shared.out[group][at.warp]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      store_matrices(block_row(staged, 0, j, at.lane), part[j][0], part[j][1], part[j][2],
-                     part[j][3]);
-    }
-    __syncwarp();
-    uint8_t* out = tile + at.warp * sizeof(shared.out[0][0]);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint4 x = load_16_bytes(staged + 16 * (32 * r + at.lane));
-      store_global_16_bytes(out + 16 * (32 * r + at.lane), x, slice < p.slices);
-    }
-    __syncwarp();
+  __device__ __forceinline__ uint32_t staged(const ScanThread& at) const {
+    return shared_address(shared.out[group][at.warp]);
   }
 
-  /// dV from `a`: this warp's 16 of V. Staged as rows of 32 bytes, 16-byte pieces swizzled so that
-  /// eight rows lie in different banks.
+  /// dV from `a`: this warp's 16 of V.
   __device__ __forceinline__ void store_d_v(int c, const ScanThread& at) const {
-    const uint32_t staged = shared_address(shared.out[group][at.warp]);
-    const auto address = [&](int token, int piece) {
-      return staged + static_cast<uint32_t>(token * 32 + ((piece ^ (token / 4 % 2)) << 4));
-    };
     uint32_t packed[4][4];
     to_operand<Element>(a, packed);
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      const int matrix = at.lane / 8;
-      store_matrices_transposed(address(16 * block + 8 * (matrix / 2) + at.lane % 8, matrix % 2),
-                                packed[block][0], packed[block][1], packed[block][2],
-                                packed[block][3]);
-    }
-    __syncwarp();
-    const int tokens = work.tokens(c);
-    const int first = slice * kSlice + 16 * at.warp + 8 * (at.lane % 2);  // of V
+    const int first = slice * kSlice + 16 * at.warp;  // of V
     auto* out = static_cast<uint16_t*>(p.d_v_view.data) + work.batch * p.d_v_view.stride_b +
                 (work.begin + int64_t{c} * kChunk) * p.d_v_view.stride_t +
                 work.value_head * p.d_v_view.stride_h + first;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int token = 16 * r + at.lane / 2;
-      const uint4 x = load_16_bytes(address(token, at.lane % 2));
-      store_global_16_bytes(out + token * p.d_v_view.stride_t, x, token < tokens && first < p.V);
-    }
-    __syncwarp();
+    store_tokens(packed, staged(at), work.tokens(c), p.V - first, at.lane,
+                 [&](int token) { return out + token * p.d_v_view.stride_t; });
   }
 };
 
@@ -369,6 +331,7 @@ __global__ void __launch_bounds__(wide_threads(kGroups), 1)
   const int head = static_cast<int>(blockIdx.x) / parts;
   const int first_slice = static_cast<int>(blockIdx.x) % parts * kGroups;
   const Work work(p, head / p.HV, head % p.HV);
+  if (absent(p, work)) return;  // and with it the whole cluster
   const int first_chunk = first_piece(p, kChunk, work.sequence, threadIdx.x % 32);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * kGroups;

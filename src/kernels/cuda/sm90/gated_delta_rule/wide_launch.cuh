@@ -10,8 +10,6 @@ namespace gdn::kernels::cuda::sm90 {
 inline void set_wide_problem(const GatedDeltaRuleProblem& p, void* matrices,
                              WideArguments& arguments) {
   set_problem(p, arguments);
-  arguments.K = static_cast<int>(p.K);
-  arguments.V = static_cast<int>(p.V);
   arguments.slices = wide_slices(p);
   arguments.matrices = static_cast<uint8_t*>(matrices);
 }
@@ -27,13 +25,11 @@ inline WideForwardArguments wide_forward_arguments(const GatedDeltaRuleForward& 
   return arguments;
 }
 
-/// T and P of all chunks to arguments.matrices.
+/// T and P of all chunks, at most `chunks`, to arguments.matrices.
 template <typename Element, Beta kBeta>
-void launch_wide_matrices(const GatedDeltaRuleProblem& p, const WideArguments& arguments,
-                          Stream stream) {
-  const int64_t chunks = most_pieces(p, kChunk);
+void launch_wide_matrices(const WideArguments& arguments, int64_t chunks, Stream stream) {
   if (chunks == 0) return;
-  launch(gated_delta_rule_wide_matrices_kernel<Element, kBeta>, arguments, chunks * p.H,
+  launch(gated_delta_rule_wide_matrices_kernel<Element, kBeta>, arguments, chunks * arguments.H,
          kWideMatricesThreads, sizeof(WideMatricesShared), "gated_delta_rule_sm90_wide: matrices",
          stream);
 }
@@ -98,7 +94,7 @@ void launch_wide_forward_scan(const GatedDeltaRuleForward& p, const WideForwardA
 template <typename Element>
 void launch_wide_forward(const GatedDeltaRuleForward& p, const WideForwardArguments& arguments,
                          Stream stream) {
-  launch_wide_matrices<Element, Beta::kOfRow>(p, arguments, stream);
+  launch_wide_matrices<Element, Beta::kOfRow>(arguments, most_pieces(p, kChunk), stream);
   launch_wide_forward_scan<Element>(
       p, arguments, wide_schedule(p.N * p.HV, arguments.slices, multiprocessors()), stream);
 }
@@ -117,13 +113,13 @@ void launch_wide_replay_scan(const WideReplayArguments& arguments, int64_t heads
   }
 }
 
-/// T, P, S, U^ of all chunks, from the segment states.
+/// T, P, S, U^ of all chunks and segments, at most so many, from the segment states.
 template <typename Element>
-void launch_wide_replay(const GatedDeltaRuleProblem& p, const WideReplayArguments& arguments,
+void launch_wide_replay(const WideReplayArguments& arguments, int64_t chunks, int64_t segments,
                         Stream stream) {
-  const int64_t heads = most_pieces(p, kSegmentTokens) * p.HV;
+  const int64_t heads = segments * arguments.HV;
   if (heads == 0) return;
-  launch_wide_matrices<Element, Beta::kOfColumn>(p, arguments, stream);
+  launch_wide_matrices<Element, Beta::kOfColumn>(arguments, chunks, stream);
   launch_wide_replay_scan<Element>(
       arguments, heads, wide_schedule(heads, arguments.slices, multiprocessors()), stream);
 }

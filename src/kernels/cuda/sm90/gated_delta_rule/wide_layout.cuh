@@ -26,7 +26,6 @@ inline constexpr int kWideStateBytes = kWideKeyBytes;    // S^T, dS'^T: [4][64 o
 
 /// Arguments of every kernel for wide heads.
 struct WideArguments : ProblemArguments {
-  int K, V;
   int slices;         // of V
   uint8_t* matrices;  // [chunks, HV][T^T, P]: kWideMatricesBytes each
 

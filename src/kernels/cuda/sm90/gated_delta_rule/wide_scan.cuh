@@ -180,15 +180,16 @@ __global__ void __launch_bounds__(wide_threads(kGroups), 1)
   const int lane = threadIdx.x % 32;
   const int parts = (p.slices + kGroups - 1) / kGroups;
   const int head = static_cast<int>(blockIdx.x) / parts;
-  const int segment = head / p.HV;
-  const Piece piece = find_piece(p, kSegmentTokens, segment, lane);
+  const Piece piece = find_piece(p, kSegmentTokens, head / p.HV, lane);
   if (piece.sequence == p.N) return;  // and with it the whole cluster
   Work work(p, piece.sequence, head % p.HV);
   work.narrow(piece.index * kSegmentTokens, kSegmentTokens);
+  const int segment_state = first_segment(p, piece.sequence, lane) +
+                            static_cast<int>(p.window_begin / kSegmentTokens) + piece.index;
   const int first_chunk =
       first_piece(p, kChunk, piece.sequence, lane) + piece.index * kSegmentChunks;
   run_wide_roles<Element>(p, work, first_chunk, static_cast<int>(blockIdx.x) % parts * kGroups,
-                          shared, [&](auto& scan) { scan.run_replay(segment); });
+                          shared, [&](auto& scan) { scan.run_replay(segment_state); });
 }
 
 }  // namespace gdn::kernels::cuda::sm90

@@ -354,7 +354,7 @@ struct WideScan {
   /// The replay of one segment.
   __device__ __forceinline__ void run_replay(int64_t segment) {
     const float* state =
-        p.segment_states + (segment * p.HV + work.value_head) * (int64_t{p.K} * p.V);
+        p.segment_states + (segment * p.all_heads + work.value_head) * (int64_t{p.K} * p.V);
     clear();
     for_each_of_state<kTiles>(p, state, slice, this_thread(), false,
                               [&](int i, const float* memory) { s[i] = *memory; });
