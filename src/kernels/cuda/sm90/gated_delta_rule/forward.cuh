@@ -31,7 +31,7 @@ __device__ inline void initialise(SharedMemory& shared, const ForwardArguments& 
   __syncthreads();
 }
 
-template <typename Element, Roles kRoles = Roles::kAll>
+template <typename Element, typename Needs, Roles kRoles = Roles::kAll>
 __global__ void __launch_bounds__(kThreads, 1)
     gated_delta_rule_forward_kernel(const __grid_constant__ ForwardArguments p) {
   extern __shared__ __align__(1024) uint8_t raw_shared[];
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     raise_registers<kStateRegisters>();
     const int local = warpgroup - 2;
-    StateScan<Element, SharedMemory> scan(p, work, shared, first_half + local, local, thread);
+    StateScan<Element, SharedMemory, Needs> scan(p, work, shared, first_half + local, local, thread);
     if constexpr (kRoles == Roles::kMatricesOnly) {
       scan.run_idle();
     } else {

@@ -133,12 +133,26 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t block
   check(cudaLaunchKernelEx(&configuration, kernel, arguments), name);
 }
 
+/// run(needs) with the least of them that serves the problem.
+template <typename Run>
+void with_needs(const ForwardArguments& p, Run run) {
+  if (p.K != kHeadDim || p.V != kHeadDim) {
+    run(AnySizes());
+  } else if (p.segment_states != nullptr) {
+    run(WholeHeadsAndSegments());
+  } else {
+    run(WholeHeads());
+  }
+}
+
 template <typename Element, Roles kRoles = Roles::kAll>
 void launch_forward(const ForwardArguments& arguments, Stream stream) {
   const int64_t slices = (arguments.V + kHeadDim - 1) / kHeadDim;
-  launch(gated_delta_rule_forward_kernel<Element, kRoles>, arguments,
-         int64_t{arguments.N} * arguments.HV * slices, kThreads, sizeof(SharedMemory),
-         "gated_delta_rule_forward_sm90", stream);
+  with_needs(arguments, [&](auto needs) {
+    launch(gated_delta_rule_forward_kernel<Element, decltype(needs), kRoles>, arguments,
+           int64_t{arguments.N} * arguments.HV * slices, kThreads, sizeof(SharedMemory),
+           "gated_delta_rule_forward_sm90", stream);
+  });
 }
 
 }  // namespace gdn::kernels::cuda::sm90

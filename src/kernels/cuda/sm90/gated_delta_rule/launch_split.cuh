@@ -69,12 +69,19 @@ void launch_scan(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
   const int64_t parts = (p.V + columns - 1) / columns + (kScan == Scan::kEnd ? 2 / halves : 0);
   const int64_t blocks = SplitScratch(p, plan).spans * p.HV * parts;
   constexpr const char* kName = "gated_delta_rule_forward_sm90: scan";
-  if (halves == 1) {
-    launch(gated_delta_rule_split_kernel<Element, 1, kScan>, arguments, blocks, kSplitThreads<1>,
-           sizeof(SplitShared<1>), kName, stream, Start::kEarly);
+  const auto launch_halves = [&]<int kHalves, typename Needs>(Needs) {
+    launch(gated_delta_rule_split_kernel<Element, kHalves, Needs, kScan>, arguments, blocks,
+           kSplitThreads<kHalves>, sizeof(SplitShared<kHalves>), kName, stream, Start::kEarly);
+  };
+  const auto launch_needs = [&](auto needs) {
+    halves == 1 ? launch_halves.template operator()<1>(needs)
+                : launch_halves.template operator()<2>(needs);
+  };
+  // The loop that keeps no states has no bounds in it.
+  if constexpr (kScan == Scan::kEnd) {
+    launch_needs(AnySizes());
   } else {
-    launch(gated_delta_rule_split_kernel<Element, 2, kScan>, arguments, blocks, kSplitThreads<2>,
-           sizeof(SplitShared<2>), kName, stream, Start::kEarly);
+    with_needs(arguments, launch_needs);
   }
 }
 

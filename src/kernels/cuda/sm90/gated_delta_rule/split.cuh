@@ -161,7 +161,7 @@ __device__ void load_chunk_matrices(const SplitArguments& p, const Work& work, i
 
 /// One block a span, value head and kHalves halves: of V; with Scan::kEnd first those of R's
 /// columns, then of M's.
-template <typename Element, int kHalves, Scan kScan>
+template <typename Element, int kHalves, typename Needs, Scan kScan>
 __global__ void __launch_bounds__(kSplitThreads<kHalves>, 1)
     gated_delta_rule_split_kernel(const __grid_constant__ SplitArguments p) {
   extern __shared__ __align__(1024) uint8_t raw_shared[];
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kSplitThreads<kHalves>, 1)
   } else {
     if constexpr (kHalves == 2) raise_registers<kSplitStateRegisters>();
     const int local = warpgroup - 1;
-    StateScan<Element, SplitShared<kHalves>, kScan>(p, work, shared, first_half + local, local,
-                                                    thread)
+    StateScan<Element, SplitShared<kHalves>, Needs, kScan>(p, work, shared, first_half + local,
+                                                           local, thread)
         .run(ends);
   }
 }

@@ -29,7 +29,8 @@ struct StatePosition {
         k_stride(v_first ? 1 : V) {}
 
   /// body(element, offset in memory) for every element that memory has; K is a multiple of 8.
-  template <typename Body>
+  /// kWhole: it has them all.
+  template <bool kWhole, typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
     const bool rows[2] = {v < v_size, v + 8 < v_size};
     const int64_t next_row = 8 * v_stride;
@@ -38,7 +39,7 @@ struct StatePosition {
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (rows[e / 2] && 8 * n < k_size) {
+        if (kWhole || (rows[e / 2] && 8 * n < k_size)) {
           body(4 * n + e, offset + (e / 2) * next_row + (e % 2) * k_stride);
         }
       }
@@ -169,9 +170,24 @@ __device__ __forceinline__ void store_output(const CUtensorMap* map, const Mutab
 /// What a scan is for: O and the states, or the state at its end alone.
 enum class Scan { kOutputs, kEnd };
 
+/// What a scan must be ready for. What it need not be shortens its loop, and the roles of a
+/// multiprocessor compete for its instruction cache (docs/hopper.md).
+struct AnySizes {
+  static constexpr bool kWhole = false;    // K = V = 128
+  static constexpr bool kSegments = true;  // states every kSegmentTokens may be wanted
+};
+struct WholeHeads {
+  static constexpr bool kWhole = true;
+  static constexpr bool kSegments = false;
+};
+struct WholeHeadsAndSegments {
+  static constexpr bool kWhole = true;
+  static constexpr bool kSegments = true;
+};
+
 /// What one warpgroup carries from chunk to chunk. `half` says which 64 rows of S^T it has, `local`
 /// which of the block's warpgroups it is.
-template <typename Element, typename Shared, Scan kScan = Scan::kOutputs>
+template <typename Element, typename Shared, typename Needs, Scan kScan = Scan::kOutputs>
 struct StateScan {
   static constexpr bool kOutputs = kScan == Scan::kOutputs;
   // Where registers allow it, O is written under the next chunk's first products, so that nothing
@@ -346,18 +362,20 @@ struct StateScan {
   __device__ __forceinline__ void write_output(int c, const uint32_t (&packed)[4][4]) {
     store_output(&p.o, p.o_view, work, packed,
                  shared_address(shared.o[c % kOutputStages]) + local * kHalfTileBytes, c, half,
-                 local, thread, p.V);
+                 local, thread, Needs::kWhole ? kHeadDim : p.V);
   }
 
   __device__ __forceinline__ void run(const StateEnds& ends) {
     load_state(ends);
     if (work.chunks > 0) {
       const auto keep_state = [&](int c) {
-        if constexpr (kOutputs) {
+        if constexpr (kOutputs && Needs::kSegments) {
           const int chunk = ends.first_chunk + c;
           if (ends.segment_states == nullptr || chunk % kSegmentChunks != 0) return;
-          float* state = ends.segment_states + chunk / kSegmentChunks * p.HV * (int64_t{p.K} * p.V);
-          store_state({state, false, p.K, p.V});
+          const int K = Needs::kWhole ? kHeadDim : p.K;
+          const int V = Needs::kWhole ? kHeadDim : p.V;
+          float* state = ends.segment_states + chunk / kSegmentChunks * p.HV * (int64_t{K} * V);
+          store_state({state, false, K, V});
         }
       };
       // The second half of a chunk shares its iteration with the first half of the next, and no
@@ -405,13 +423,14 @@ struct StateScan {
       s[i] = ends.from_identity && diagonal ? 1.0F : 0.0F;
     }
     if (ends.from.data == nullptr) return;
-    at.for_each([&](int i, int64_t offset) { s[i] = ends.from.data[offset]; });
+    at.for_each<Needs::kWhole>(
+        [&](int i, int64_t offset) { s[i] = ends.from.data[offset]; });
   }
 
   __device__ __forceinline__ void store_state(const StateView<float>& to) const {
-    StatePosition(half, thread, to.v_first, to.K, to.V).for_each([&](int i, int64_t offset) {
-      to.data[offset] = s[i];
-    });
+    StatePosition(half, thread, to.v_first, to.K, to.V)
+        .for_each<Needs::kWhole>(
+            [&](int i, int64_t offset) { to.data[offset] = s[i]; });
   }
 
   /// S becomes exp(b_C) S.
