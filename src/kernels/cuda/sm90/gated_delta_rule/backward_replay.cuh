@@ -204,7 +204,7 @@ struct ReplayScan {
 
   __device__ __forceinline__ void run(int64_t segment) {
     const float* state = p.segment_states + (segment * p.all_heads + work.value_head) * kStateSize;
-    StatePosition(half, thread, false).for_each<true>([&](int i, int64_t offset) {
+    StatePosition(half, thread, false).for_each([&](int i, int64_t offset) {
       s[i] = state[offset];
     });
     // As in StateScan::run: a chunk's second half shares its iteration with the next one's first.

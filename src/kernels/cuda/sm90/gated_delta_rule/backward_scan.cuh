@@ -185,7 +185,7 @@ struct GradientScan {
 
   __device__ __forceinline__ void run(const ScanEnds& ends) {
     if (ends.from != nullptr) {
-      StatePosition(half, thread, ends.from_v_first).for_each<true>([&](int i, int64_t offset) {
+      StatePosition(half, thread, ends.from_v_first).for_each([&](int i, int64_t offset) {
         s[i] = ends.from[offset];
       });
     } else {
@@ -206,7 +206,7 @@ struct GradientScan {
       complete(work.chunks - 1);
     }
     if (ends.to != nullptr) {
-      StatePosition(half, thread, ends.to_v_first).for_each<true>([&](int i, int64_t offset) {
+      StatePosition(half, thread, ends.to_v_first).for_each([&](int i, int64_t offset) {
         ends.to[offset] = s[i];
       });
     }

@@ -30,7 +30,7 @@ struct StatePosition {
 
   /// body(element, offset in memory) for every element that memory has; K is a multiple of 8.
   /// kWhole: it has them all.
-  template <bool kWhole, typename Body>
+  template <bool kWhole = false, typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
     const bool rows[2] = {v < v_size, v + 8 < v_size};
     const int64_t next_row = 8 * v_stride;
@@ -140,7 +140,9 @@ __device__ __forceinline__ void state_sync_after_stores(int local, int thread) {
 }
 
 /// Writes O, or what has its shape, [tokens, 64 of V], from `packed`, through shared memory.
-/// `local` is the warpgroup's number among those of its block; `width` is V.
+/// `local` is the warpgroup's number among those of its block; `width` is V. kLast: the chunk may
+/// be its sequence's last, with fewer tokens.
+template <bool kLast = true>
 __device__ __forceinline__ void store_output(const CUtensorMap* map, const MutableView4& view,
                                              const Work& work, const uint32_t (&packed)[4][4],
                                              uint32_t tile, int chunk, int half, int local,
@@ -148,7 +150,7 @@ __device__ __forceinline__ void store_output(const CUtensorMap* map, const Mutab
   stage_tokens(packed, tile, thread);
   fence_async_proxy();
   state_sync_after_stores(local, thread);
-  const int tokens = work.tokens(chunk);
+  const int tokens = kLast ? work.tokens(chunk) : kChunk;
   if (tokens == kChunk) {
     if (thread == 0) {
       tma_store(map, tile, half * kHalf, work.value_head,
@@ -242,7 +244,7 @@ struct StateScan {
       wgmma_fence();
       multiply_by_tile<Element>(o, s_operand, shared_address(shared.q[key.stage]));
       wgmma_commit();
-      if constexpr (kLateOutput && !kFirst) write_output(c - 1, packed);
+      if constexpr (kLateOutput && !kFirst) write_output<false>(c - 1, packed);
     }
     if constexpr (!kFirst) decay_state(gate);
 
@@ -295,6 +297,7 @@ struct StateScan {
   }
 
   /// S' = exp(b_C) S + K^T (exp(b_C - b) U), and O += P U, in flight on return.
+  template <bool kLast>
   __device__ __forceinline__ void complete(int c) {
     const auto key = slot(shared.key_full, c);
     const auto matrix = slot(shared.matrix_full, c);
@@ -328,7 +331,7 @@ struct StateScan {
     if constexpr (kOutputs && !kLateOutput) {
       uint32_t packed[4][4];
       finish_output<1>(c, packed);
-      write_output(c, packed);
+      write_output<kLast>(c, packed);
     }
     wgmma_wait<kLateOutput ? 1 : 0>();
     pin(s);
@@ -359,10 +362,11 @@ struct StateScan {
     to_operand<Element>(o, packed);
   }
 
+  template <bool kLast>
   __device__ __forceinline__ void write_output(int c, const uint32_t (&packed)[4][4]) {
-    store_output(&p.o, p.o_view, work, packed,
-                 shared_address(shared.o[c % kOutputStages]) + local * kHalfTileBytes, c, half,
-                 local, thread, Needs::kWhole ? kHeadDim : p.V);
+    store_output<kLast>(&p.o, p.o_view, work, packed,
+                        shared_address(shared.o[c % kOutputStages]) + local * kHalfTileBytes, c,
+                        half, local, thread, Needs::kWhole ? kHeadDim : p.V);
   }
 
   __device__ __forceinline__ void run(const StateEnds& ends) {
@@ -384,15 +388,15 @@ struct StateScan {
       keep_state(0);
       begin<true>(0);
       for (int c = 1; c < work.chunks; ++c) {
-        complete(c - 1);
+        complete<false>(c - 1);
         keep_state(c);
         begin<false>(c);
       }
-      complete(work.chunks - 1);
+      complete<true>(work.chunks - 1);
       if constexpr (kLateOutput) {
         uint32_t packed[4][4];
         finish_output<0>(work.chunks - 1, packed);
-        write_output(work.chunks - 1, packed);
+        write_output<true>(work.chunks - 1, packed);
       }
     }
     if (ends.to.data != nullptr) store_state(ends.to);
@@ -423,14 +427,12 @@ struct StateScan {
       s[i] = ends.from_identity && diagonal ? 1.0F : 0.0F;
     }
     if (ends.from.data == nullptr) return;
-    at.for_each<Needs::kWhole>(
-        [&](int i, int64_t offset) { s[i] = ends.from.data[offset]; });
+    at.for_each<Needs::kWhole>([&](int i, int64_t offset) { s[i] = ends.from.data[offset]; });
   }
 
   __device__ __forceinline__ void store_state(const StateView<float>& to) const {
     StatePosition(half, thread, to.v_first, to.K, to.V)
-        .for_each<Needs::kWhole>(
-            [&](int i, int64_t offset) { to.data[offset] = s[i]; });
+        .for_each<Needs::kWhole>([&](int i, int64_t offset) { to.data[offset] = s[i]; });
   }
 
   /// S becomes exp(b_C) S.
