@@ -67,10 +67,10 @@ void print(const Measured& measured) {
     lengths += (lengths.empty() ? "" : "+") + std::to_string(length);
   }
   const sm90::ForwardPlan& plan = measured.plan;
-  const std::string division = !plan.split ? "one kernel"
-                                           : std::to_string(plan.span_chunks) + ", " +
-                                                 std::to_string(plan.end_halves) + ", " +
-                                                 std::to_string(plan.output_halves);
+  const std::string division =
+      !plan.split ? "one kernel"
+                  : std::to_string(plan.span_chunks) + ", " + std::to_string(plan.end_halves) +
+                        ", " + (plan.fused_outputs ? "fused" : std::to_string(plan.output_halves));
   std::printf("%2d/%-2d %-40s %9.4f %9.3f %7.2f %9.4f  %s\n", measured.shape.H, measured.shape.HV,
               lengths.c_str(), measured.ms, measured.shape.best_published, measured.ratio(),
               measured.expected_ms, division.c_str());

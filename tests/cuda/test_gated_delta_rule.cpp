@@ -34,8 +34,9 @@ int64_t longest_sequence(const GatedDeltaRuleCase& c) {
 std::string describe(const ForwardPlan& plan) {
   if (!plan.split) return "one kernel";
   return "spans of " + std::to_string(plan.span_chunks) + " chunks, halves " +
-         std::to_string(plan.end_halves) + " and " + std::to_string(plan.output_halves) +
-         ", matrices by " + std::to_string(plan.matrix_chunks);
+         std::to_string(plan.end_halves) + " and " +
+         (plan.fused_outputs ? "fused" : std::to_string(plan.output_halves)) + ", matrices by " +
+         std::to_string(plan.matrix_chunks);
 }
 
 /// By `plan` if one is given, else as the device and the shape ask for.
@@ -132,6 +133,12 @@ const std::vector<std::optional<ForwardPlan>> kEveryPlan = {
     ForwardPlan{.split = true, .span_chunks = 2, .end_halves = 2, .output_halves = 1},
     ForwardPlan{.split = true, .span_chunks = 3, .end_halves = 2, .output_halves = 2},
     ForwardPlan{.split = true, .span_chunks = 100},
+    ForwardPlan{.split = true, .span_chunks = 1, .fused_outputs = true},
+    ForwardPlan{.split = true,
+                .span_chunks = 3,
+                .end_halves = 1,
+                .fused_outputs = true,
+                .matrix_chunks = 2},
 };
 
 TEST(GatedDeltaRuleSm90, EveryPlanOneSequence) {
@@ -176,7 +183,8 @@ TEST(GatedDeltaRuleSm90, OtherSizes) {
   const std::vector<std::optional<ForwardPlan>> plans = {
       ForwardPlan{}, ForwardPlan{.split = true, .output_halves = 1},
       ForwardPlan{.split = true, .span_chunks = 2, .end_halves = 1, .output_halves = 2},
-      ForwardPlan{.split = true, .span_chunks = 1, .end_halves = 2, .output_halves = 1}};
+      ForwardPlan{.split = true, .span_chunks = 1, .end_halves = 2, .output_halves = 1},
+      ForwardPlan{.split = true, .span_chunks = 2, .fused_outputs = true}};
   const int64_t sizes[][2] = {{64, 64}, {96, 96}, {8, 8}, {128, 256}, {40, 136}, {128, 64}};
   for (const auto& [K, V] : sizes) {
     for (const bool v_first : {false, true}) {
@@ -226,6 +234,9 @@ TEST(GatedDeltaRuleSm90, SameBitsOnEveryRun) {
                                 ForwardPlan{.split = true, .output_halves = 1});
   expect_same_bits_on_every_run(hopper_case(1, 2000, 2, 8, 9),
                                 ForwardPlan{.split = true, .span_chunks = 4});
+  expect_same_bits_on_every_run(
+      hopper_case(1, 2000, 2, 8, 9),
+      ForwardPlan{.split = true, .span_chunks = 4, .fused_outputs = true});
 }
 
 TEST(GatedDeltaRuleSm90, SaysWhatItCannotServe) {

@@ -49,6 +49,17 @@ TEST(ForwardPlan, FewHeadsCutALongSequenceIntoSpansThatFillTheDevice) {
   EXPECT_LT(cost.of(plan), cost.of(ForwardPlan{}) / 2);
 }
 
+TEST(ForwardPlan, SpansThatFillTheDeviceMakeTheirOwnMatrices) {
+  const auto p = problem(32, 1, 32768);
+  const auto plan = plan_forward(p, 32768, kMultiprocessors);
+  EXPECT_GT(plan.span_chunks, 0);
+  EXPECT_TRUE(plan.fused_outputs);
+  ForwardPlan apart = plan;
+  apart.fused_outputs = false;
+  const ForwardCost cost(p, 32768, kMultiprocessors);
+  EXPECT_LT(cost.of(plan), cost.of(apart));
+}
+
 TEST(ForwardPlan, ShortSequencesAreNotCut) {
   for (const int64_t tokens : {1, 64, 128}) {
     EXPECT_EQ(plan_forward(problem(1, 1, tokens), tokens, kMultiprocessors).span_chunks, 0);

@@ -276,8 +276,8 @@ __device__ __forceinline__ void multiply_out(const __half* a, const GateVectors&
 }
 
 /// Each product runs while the inverse is computed: Q K^T beside the diagonal blocks', the next
-/// chunk's K K^T beside the rest.
-template <typename Element, Beta kBeta = Beta::kOfRow, typename Shared>
+/// chunk's K K^T beside the rest, or beside all of it where P is not wanted.
+template <typename Element, Beta kBeta = Beta::kOfRow, bool kWithP = true, typename Shared>
 __device__ __forceinline__ void run_chunk_matrices(const ProblemArguments& p, const Work& work,
                                                    Shared& shared, int thread) {
   const Fragment at(thread);
@@ -303,17 +303,23 @@ __device__ __forceinline__ void run_chunk_matrices(const ProblemArguments& p, co
     pin(product);
     for_warp(at.warp, [&](auto warp) { store_a<kBeta, warp>(product, gates, a, diagonal, at); });
     __syncwarp();
-    issue_product<Element>(product, shared_address(shared.q[key.stage]),
-                           shared_address(shared.k[key.stage]));
+    if constexpr (kWithP) {
+      issue_product<Element>(product, shared_address(shared.q[key.stage]),
+                             shared_address(shared.k[key.stage]));
+    } else {
+      issue_keys(c + 1);
+    }
     invert_diagonal(diagonal, a + 16 * at.warp * (kHalfRow + 1), at.lane);
     mbarrier_wait(shared_address(&shared.matrix_empty[matrix.stage]), matrix.parity ^ 1);
-    wgmma_wait<0>();
-    pin(product);
-    for_warp(at.warp, [&](auto warp) {
-      store_p<Element, warp>(product, gates, p.scale, shared.p_tile(matrix.stage), at);
-    });
-    __syncwarp();
-    issue_keys(c + 1);
+    if constexpr (kWithP) {
+      wgmma_wait<0>();
+      pin(product);
+      for_warp(at.warp, [&](auto warp) {
+        store_p<Element, warp>(product, gates, p.scale, shared.p_tile(matrix.stage), at);
+      });
+      __syncwarp();
+      issue_keys(c + 1);
+    }
     named_barrier_sync(kMatrixBarrier, 128);
     for_warp(at.warp, [&](auto warp) {
       multiply_out<Element, kBeta, warp>(a, gates, shared.t_tile(matrix.stage), at);

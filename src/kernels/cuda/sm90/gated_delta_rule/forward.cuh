@@ -31,16 +31,11 @@ __device__ inline void initialise(SharedMemory& shared, const ForwardArguments& 
   __syncthreads();
 }
 
+/// What the warpgroups of one block do for `work`, from 64 `first_half` of V's columns on.
 template <typename Element, typename Needs, Roles kRoles = Roles::kAll>
-__global__ void __launch_bounds__(kThreads, 1)
-    gated_delta_rule_forward_kernel(const __grid_constant__ ForwardArguments p) {
-  extern __shared__ __align__(1024) uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
-  initialise(shared, p);
-  const int slices = (p.V + kHeadDim - 1) / kHeadDim;
-  const int first_half = blockIdx.x % slices * 2;
-  const int head = blockIdx.x / slices;
-  const Work work(p, head / p.HV, head % p.HV);
+__device__ __forceinline__ void run_roles(const ForwardArguments& p, const Work& work,
+                                          const StateEnds& ends, SharedMemory& shared,
+                                          int first_half) {
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   const int thread = threadIdx.x % 128;
   if (warpgroup == 0) {
@@ -65,13 +60,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     raise_registers<kStateRegisters>();
     const int local = warpgroup - 2;
-    StateScan<Element, SharedMemory, Needs> scan(p, work, shared, first_half + local, local, thread);
+    StateScan<Element, SharedMemory, Needs> scan(p, work, shared, first_half + local, local,
+                                                 thread);
     if constexpr (kRoles == Roles::kMatricesOnly) {
       scan.run_idle();
     } else {
-      scan.run(problem_ends(p, work));
+      scan.run(ends);
     }
   }
+}
+
+template <typename Element, typename Needs, Roles kRoles = Roles::kAll>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_delta_rule_forward_kernel(const __grid_constant__ ForwardArguments p) {
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
+  initialise(shared, p);
+  const int slices = (p.V + kHeadDim - 1) / kHeadDim;
+  const int head = blockIdx.x / slices;
+  const Work work(p, head / p.HV, head % p.HV);
+  run_roles<Element, Needs, kRoles>(p, work, problem_ends(p, work), shared,
+                                    blockIdx.x % slices * 2);
 }
 
 }  // namespace gdn::kernels::cuda::sm90

@@ -18,6 +18,7 @@ struct ForwardPlan {
   int64_t span_chunks = 0;     // 64 tokens each; 0: sequences are whole
   int end_halves = 2;          // halves of V, 64 columns each, of a block: spans' ends,
   int output_halves = 2;       // outputs
+  bool fused_outputs = false;  // by blocks that make T and P themselves, both halves each; of spans
   int64_t matrix_chunks = 16;  // of a block of the matrices' kernel
 };
 
@@ -50,9 +51,13 @@ class ForwardCost {
     const int64_t span = plan.span_chunks > 0 ? plan.span_chunks : longest_;
     // T and P are a tile.
     double sum = 2 * kFixed;
-    sum += std::max(memory(2 * key_tiles_ + 1),
-                    time((total_chunks() + plan.matrix_chunks - 1) / plan.matrix_chunks,
-                         total_chunks(), plan.matrix_chunks, 2, kMatrices));
+    const double inverses =  // T alone, of all spans but the last ones
+        plan.fused_outputs ? 1 - 1 / static_cast<double>(pieces(longest_, span)) : 1;
+    const auto matrices = static_cast<int64_t>(inverses * static_cast<double>(total_chunks()));
+    sum += std::max(
+        plan.fused_outputs ? inverses * memory(key_tiles_ + 0.5) : memory(2 * key_tiles_ + 1),
+        time((matrices + plan.matrix_chunks - 1) / plan.matrix_chunks, matrices, plan.matrix_chunks,
+             2, plan.fused_outputs ? kInverses : kMatrices));
     if (plan.span_chunks > 0) {
       const int64_t spans = pieces(longest_, span);
       const int64_t blocks = heads_ * (end_blocks(spans, plan) +
@@ -61,18 +66,20 @@ class ForwardCost {
              std::max(memory(key_tiles_ + value_tiles_ + 0.5),
                       time(blocks, blocks * span, span, 1, kEnd[plan.end_halves - 1]));
     }
-    const int64_t columns = parts(plan.output_halves);
+    const bool fused = plan.fused_outputs;
+    const int64_t columns = parts(fused ? 2 : plan.output_halves);
     const int64_t blocks =
         heads_ * columns * (pieces(longest_, span) + (sequences_ - 1) * pieces(other_, span));
-    return sum +
-           std::max(memory(io + 1), time(blocks, total_chunks() * columns, std::min(span, longest_),
-                                         1, kOutput[plan.output_halves - 1]));
+    return sum + std::max(memory(fused ? io : io + 1),
+                          time(blocks, total_chunks() * columns, std::min(span, longest_), 1,
+                               fused ? kFused : kOutput[plan.output_halves - 1]));
   }
 
  private:
   static constexpr double kFixed = 4;  // of a kernel
   static constexpr double kFused = 2.6;
   static constexpr double kMatrices = 3.2;
+  static constexpr double kInverses = 2.4;           // T alone
   static constexpr double kEnd[2] = {0.92, 1.42};    // one half, two halves
   static constexpr double kOutput[2] = {1.5, 2.15};  // the same
   static constexpr double kCompose = 1.9;            // a span
@@ -120,15 +127,20 @@ inline ForwardPlan plan_forward(const GatedDeltaRuleProblem& p, int64_t longest,
   const int64_t each = (cost.total_chunks() + 2 * multiprocessors - 1) / (2 * multiprocessors);
   plan.matrix_chunks = std::clamp<int64_t>(each, 1, 16);
   const int64_t longest_chunks = cost.longest_chunks();
+  const auto consider = [&] {
+    if (const double time = cost.of(plan); time < least) {
+      least = time;
+      best = plan;
+    }
+  };
   for (int64_t spans = 1; spans <= std::min(kMostSpans, longest_chunks); ++spans) {
     plan.span_chunks = spans > 1 ? (longest_chunks + spans - 1) / spans : 0;
     for (plan.end_halves = 1; plan.end_halves <= 2; ++plan.end_halves) {
-      for (plan.output_halves = 1; plan.output_halves <= 2; ++plan.output_halves) {
-        if (const double time = cost.of(plan); time < least) {
-          least = time;
-          best = plan;
-        }
-      }
+      for (plan.output_halves = 1; plan.output_halves <= 2; ++plan.output_halves) consider();
+      plan.output_halves = 2;
+      plan.fused_outputs = spans > 1;
+      consider();
+      plan.fused_outputs = false;
     }
   }
   return best;

@@ -49,8 +49,10 @@ void launch_matrices(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
                      const SplitArguments& arguments, Stream stream) {
   const int64_t pieces = SplitScratch(p, plan).matrices;
   if (pieces == 0) return;
-  launch(gated_delta_rule_matrices_kernel<Element>, arguments, pieces * p.HV, kMatricesThreads,
-         sizeof(MatricesShared), "gated_delta_rule_forward_sm90: matrices", stream);
+  launch(plan.fused_outputs ? gated_delta_rule_matrices_kernel<Element, false>
+                            : gated_delta_rule_matrices_kernel<Element, true>,
+         arguments, pieces * p.HV, kMatricesThreads, sizeof(MatricesShared),
+         "gated_delta_rule_forward_sm90: matrices", stream);
 }
 
 inline void launch_compose(const GatedDeltaRuleForward& p, const SplitArguments& arguments,
@@ -86,6 +88,17 @@ void launch_scan(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
 }
 
 template <typename Element>
+void launch_fused_outputs(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
+                          const SplitArguments& arguments, Stream stream) {
+  const int64_t slices = (p.V + kHeadDim - 1) / kHeadDim;
+  with_needs(arguments, [&](auto needs) {
+    launch(gated_delta_rule_span_outputs_kernel<Element, decltype(needs)>, arguments,
+           SplitScratch(p, plan).spans * p.HV * slices, kThreads, sizeof(SharedMemory),
+           "gated_delta_rule_forward_sm90: outputs", stream, Start::kEarly);
+  });
+}
+
+template <typename Element>
 void launch_split(const GatedDeltaRuleForward& p, const ForwardPlan& plan, void* scratch,
                   Stream stream) {
   const SplitArguments arguments = split_arguments(p, plan, scratch);
@@ -94,7 +107,11 @@ void launch_split(const GatedDeltaRuleForward& p, const ForwardPlan& plan, void*
     launch_scan<Element, Scan::kEnd>(p, plan, arguments, stream);
     launch_compose(p, arguments, stream);
   }
-  launch_scan<Element, Scan::kOutputs>(p, plan, arguments, stream);
+  if (plan.fused_outputs) {
+    launch_fused_outputs<Element>(p, plan, arguments, stream);
+  } else {
+    launch_scan<Element, Scan::kOutputs>(p, plan, arguments, stream);
+  }
 }
 
 }  // namespace gdn::kernels::cuda::sm90

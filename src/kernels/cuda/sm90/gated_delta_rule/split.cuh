@@ -6,16 +6,17 @@
 //   compose   S at the start of every span (compose.cuh)
 //   outputs   every span from its S: O, final and segment states
 //
+// Outputs may also be made by blocks of the one kernel's kind (forward.cuh), which make T and P
+// themselves: then `matrices` makes T alone, of all spans but the last.
+//
 // S at a span's end is an affine function of S at its start, R + M S: R is the scan from S = 0 and
 // column j of M that from the j-th unit vector without V. Nothing is truncated. V's columns do not
 // meet, so a block takes 64 or 128 of them. Without spans a sequence is one span, and the two
 // kernels in the middle fall away.
 #pragma once
 
-#include <gdn/kernels/cuda/sm90/gated_delta_rule/chunk_matrices.cuh>
-#include <gdn/kernels/cuda/sm90/gated_delta_rule/loads.cuh>
+#include <gdn/kernels/cuda/sm90/gated_delta_rule/forward.cuh>
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/pieces.cuh>
-#include <gdn/kernels/cuda/sm90/gated_delta_rule/state.cuh>
 
 namespace gdn::kernels::cuda::sm90 {
 
@@ -31,6 +32,10 @@ struct SplitArguments : ForwardArguments {
 
   __device__ __forceinline__ uint8_t* chunk_matrices(int64_t chunk, int value_head) const {
     return matrices + (chunk * HV + value_head) * kChunkMatricesBytes;
+  }
+  /// The state at the end of span `span` of all.
+  __device__ __forceinline__ float* span_end(int64_t span, int value_head) const {
+    return span_states + (span * HV + value_head) * v_rows * kHeadDim;
   }
 };
 
@@ -56,24 +61,27 @@ struct MatricesShared {
 
 inline constexpr int kMatricesThreads = 256;
 
-/// Copies T^T and P of every chunk to scratch memory and hands the chunk's inputs back; one lane.
+/// Copies T^T, and P where wanted, of every chunk to scratch memory and hands the chunk's inputs
+/// back; one lane.
 __device__ inline void store_chunk_matrices(const SplitArguments& p, const Work& work,
-                                            int64_t first_chunk, MatricesShared& shared) {
+                                            int64_t first_chunk, bool with_p,
+                                            MatricesShared& shared) {
   for (int c = 0; c < work.chunks; ++c) {
     const auto matrix = slot(shared.matrix_full, c);
     mbarrier_wait(shared_address(&shared.matrix_full[matrix.stage]), matrix.parity);
     mbarrier_arrive(shared_address(&shared.key_empty[slot(shared.key_full, c).stage]));
     mbarrier_arrive(shared_address(&shared.gate_empty[slot(shared.gate_full, c).stage]));
     bulk_store(p.chunk_matrices(first_chunk + c, work.value_head), shared.t_tile(matrix.stage),
-               kChunkMatricesBytes);
+               with_p ? kChunkMatricesBytes : kMatrixBytes);
     tma_store_commit();
     tma_store_wait_read<0>();
     mbarrier_arrive(shared_address(&shared.matrix_empty[matrix.stage]));
   }
 }
 
-/// One block `matrix_tokens` tokens of a sequence and a value head.
-template <typename Element>
+/// One block `matrix_tokens` tokens of a sequence and a value head. Without P: nothing for the last
+/// span, whose end is not wanted.
+template <typename Element, bool kWithP>
 __global__ void __launch_bounds__(kMatricesThreads, 2)
     gated_delta_rule_matrices_kernel(const __grid_constant__ SplitArguments p) {
   extern __shared__ __align__(1024) uint8_t raw_shared[];
@@ -83,6 +91,10 @@ __global__ void __launch_bounds__(kMatricesThreads, 2)
   let_next_kernel_start();
   const Piece piece = find_piece(p, p.matrix_tokens, blockIdx.x / p.HV, lane);
   if (piece.sequence == p.N) return;
+  if constexpr (!kWithP) {
+    const int64_t wanted = piece_count(p, piece.sequence, p.span_tokens, 1) - 1;
+    if (int64_t{piece.index} * p.matrix_tokens >= wanted * p.span_tokens) return;
+  }
   if (threadIdx.x == 0) {
     init_barriers(shared.key_full, shared.key_empty, 1, 1);
     init_barriers(shared.matrix_full, shared.matrix_empty, 4, 1);
@@ -101,13 +113,13 @@ __global__ void __launch_bounds__(kMatricesThreads, 2)
   work.narrow(int64_t{piece.index} * p.matrix_tokens, p.matrix_tokens);
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);
   if (warpgroup == 1) {
-    run_chunk_matrices<Element>(p, work, shared, thread);
+    run_chunk_matrices<Element, Beta::kOfRow, kWithP>(p, work, shared, thread);
   } else if (thread / 32 == 0) {
-    for (int c = 0; c < work.chunks; ++c) load_keys(p, work, shared, c, true, lane);
+    for (int c = 0; c < work.chunks; ++c) load_keys(p, work, shared, c, kWithP, lane);
   } else if (thread / 32 == 1) {
     const int first_chunk =
         first_piece(p, kChunk, piece.sequence, lane) + piece.index * (p.matrix_tokens / kChunk);
-    if (lane == 0) store_chunk_matrices(p, work, first_chunk, shared);
+    if (lane == 0) store_chunk_matrices(p, work, first_chunk, kWithP, shared);
   } else {
     load_gates<2>(p, work, shared, lane, thread / 32 - 2);
   }
@@ -159,6 +171,39 @@ __device__ void load_chunk_matrices(const SplitArguments& p, const Work& work, i
   }
 }
 
+/// Where the outputs' scan of a span, number `index` of all, begins and ends.
+__device__ inline StateEnds output_ends(const SplitArguments& p, const Work& work,
+                                        const Piece& piece, int index) {
+  StateEnds ends = problem_ends(p, work);
+  ends.first_chunk = piece.index * (p.span_tokens / kChunk);
+  if (piece.index > 0) {
+    ends.from = {p.span_end(index - 1, work.value_head), true, kHeadDim, p.v_rows};
+  }
+  if (piece.index + 1 < piece_count(p, piece.sequence, p.span_tokens, 1)) ends.to = {};
+  return ends;
+}
+
+/// The outputs of a span by a block that makes T and P itself: one block a span, value head and 128
+/// of V's columns.
+template <typename Element, typename Needs>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_delta_rule_span_outputs_kernel(const __grid_constant__ SplitArguments p) {
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<SharedMemory*>(raw_shared);
+  let_next_kernel_start();
+  initialise(shared, p);
+  const int slices = (p.V + kHeadDim - 1) / kHeadDim;
+  const int value_head = blockIdx.x / slices % p.HV;
+  const int index = blockIdx.x / slices / p.HV;
+  const Piece piece = find_piece(p, p.span_tokens, index, threadIdx.x % 32, 1);
+  wait_for_previous_kernel();
+  if (piece.sequence == p.N) return;
+  Work work(p, piece.sequence, value_head);
+  const StateEnds ends = output_ends(p, work, piece, index);
+  work.narrow(int64_t{piece.index} * p.span_tokens, p.span_tokens);
+  run_roles<Element, Needs>(p, work, ends, shared, blockIdx.x % slices * 2);
+}
+
 /// One block a span, value head and kHalves halves: of V; with Scan::kEnd first those of R's
 /// columns, then of M's.
 template <typename Element, int kHalves, typename Needs, Scan kScan>
@@ -186,19 +231,16 @@ __global__ void __launch_bounds__(kSplitThreads<kHalves>, 1)
 
   Work work(p, piece.sequence, value_head);
   StateEnds ends;
-  const int64_t entry = int64_t{index} * p.HV + value_head;
-  float* const start = p.span_states + (entry - p.HV) * p.v_rows * kHeadDim;
   if constexpr (kOutputs) {
-    ends = problem_ends(p, work);
-    ends.first_chunk = piece.index * (p.span_tokens / kChunk);
-    if (piece.index > 0) ends.from = {start, true, kHeadDim, p.v_rows};
-    if (!last) ends.to = {};
+    ends = output_ends(p, work, piece, index);
   } else {
     if (piece.index == 0) ends.from = problem_ends(p, work).from;
     ends.from_identity = transition;
-    ends.to = transition
-                  ? StateView<float>{p.transitions + entry * kStateSize, true}
-                  : StateView<float>{start + p.HV * p.v_rows * kHeadDim, true, kHeadDim, p.v_rows};
+    ends.to = {p.span_end(index, value_head), true, kHeadDim, p.v_rows};
+    if (transition) {
+      const int64_t entry = int64_t{index} * p.HV + value_head;
+      ends.to = {p.transitions + entry * kStateSize, true};
+    }
   }
   const int first_chunk =
       first_piece(p, kChunk, piece.sequence, lane) + piece.index * (p.span_tokens / kChunk);
