@@ -128,13 +128,15 @@ def time_elementwise(rate):
     weight = torch.randn(D, device=DEVICE)
     small = x.view(-1, 128)
     report("  rms_norm", median_ms(lambda: gdn.rms_norm(x, weight, 1e-5)), 2 * elements, rate)
-    ms = median_ms(lambda: gdn.norm_backward(d_y, x, None, weight, 1e-5, False))
+    ms = median_ms(lambda: gdn.norm_backward(d_y, x, None, weight, None, 1e-5, False))
     report("  rms_norm backward", ms, 3 * elements, rate)
     heads = weight[:128].contiguous()
     ms = median_ms(lambda: gdn.rms_norm_gated(small, gate.view(-1, 128), heads, 1e-5))
     report("  rms_norm_gated, rows of 128", ms, 3 * elements, rate)
     ms = median_ms(
-        lambda: gdn.norm_backward(d_y.view(-1, 128), small, gate.view(-1, 128), heads, 1e-5, False)
+        lambda: gdn.norm_backward(
+            d_y.view(-1, 128), small, gate.view(-1, 128), heads, None, 1e-5, False
+        )
     )
     report("  rms_norm_gated backward, rows of 128", ms, 5 * elements, rate)
     report("  l2_norm, rows of 128", median_ms(lambda: gdn.l2_norm(small)), 2 * elements, rate)

@@ -28,12 +28,16 @@ struct NormProblem {
   ParallelFor parallel_for = serial_for;
 };
 
+/// With a residual (never together with a gate), what is normed is x + residual, rounded to dtype.
 struct NormForward : NormProblem {
-  MutableView2 y;  // [M, D]
+  ConstView2 residual;  // [M, D]; data null: none
+  MutableView2 sum;     // [M, D]: x + residual; data null exactly when residual's is
+  MutableView2 y;       // [M, D]
 };
 
 struct NormBackward : NormProblem {
   ConstView2 d_y;            // [M, D]
+  ConstView2 d_sum;          // [M, D], never with a gate: added to d_x; data null: none
   MutableView2 d_x;          // [M, D]
   MutableView2 d_gate;       // [M, D]; data null exactly when gate's is
   void* d_weight = nullptr;  // [D] fp32 (f64: double), or null: not wanted

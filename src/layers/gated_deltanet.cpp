@@ -111,9 +111,9 @@ at::Tensor GatedDeltaNetImpl::mix(const at::Tensor& hidden_states,
   const auto self = std::static_pointer_cast<GatedDeltaNetImpl>(shared_from_this());
   return o_proj(recompute_in_backward(
       [self, cu_seqlens](const std::vector<at::Tensor>& inputs) {
-        return self->mix_projections(inputs, cu_seqlens, /*cache=*/nullptr);
+        return std::vector{self->mix_projections(inputs, cu_seqlens, /*cache=*/nullptr)};
       },
-      projections, mixing_parameters()));
+      projections, mixing_parameters())[0]);
 }
 
 /// From the projections of q, k, v, a, b and, with a gate, g to what o_proj takes.

@@ -49,7 +49,7 @@ struct Recomputation : torch::CustomClassHolder {
         autocast(at::autocast::is_autocast_enabled(device)),
         dtype(at::autocast::get_autocast_dtype(device)) {}
 
-  at::Tensor run(const std::vector<at::Tensor>& tensors) const {
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& tensors) const {
     const AutocastScope scope(device, autocast, dtype);
     return function(tensors);
   }
@@ -63,9 +63,10 @@ struct Recomputation : torch::CustomClassHolder {
 
 class Recompute : public torch::autograd::Function<Recompute> {
  public:
-  static at::Tensor forward(torch::autograd::AutogradContext* context,
-                            const c10::intrusive_ptr<Recomputation>& recomputation,
-                            at::TensorList inputs_and_parameters) {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* context,
+      const c10::intrusive_ptr<Recomputation>& recomputation,
+      at::TensorList inputs_and_parameters) {
     context->save_for_backward(inputs_and_parameters.vec());
     context->saved_data["recomputation"] = at::IValue::make_capsule(recomputation);
     return recomputation->run(inputs_and_parameters.slice(0, recomputation->inputs).vec());
@@ -84,7 +85,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
       saved[i] = saved[i].detach().requires_grad_(saved[i].requires_grad());
       arguments.push_back(saved[i]);
     }
-    at::Tensor y;
+    std::vector<at::Tensor> y;
     {
       const at::AutoGradMode with_gradients(true);
       recomputing = true;
@@ -95,7 +96,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
     for (const at::Tensor& tensor : saved) {
       if (tensor.requires_grad()) inputs.push_back(tensor);
     }
-    const auto found = torch::autograd::grad({y}, inputs, {gradients[0]}, /*retain_graph=*/false,
+    const auto found = torch::autograd::grad(y, inputs, gradients, /*retain_graph=*/false,
                                              /*create_graph=*/false, /*allow_unused=*/true);
     torch::autograd::variable_list result(1 + saved.size());  // first of them: the function
     for (size_t i = 0, next = 0; i < saved.size(); ++i) {
@@ -107,8 +108,9 @@ class Recompute : public torch::autograd::Function<Recompute> {
 
 }  // namespace
 
-at::Tensor recompute_in_backward(RecomputedFunction function, const std::vector<at::Tensor>& inputs,
-                                 const std::vector<at::Tensor>& parameters) {
+std::vector<at::Tensor> recompute_in_backward(RecomputedFunction function,
+                                              const std::vector<at::Tensor>& inputs,
+                                              const std::vector<at::Tensor>& parameters) {
   if (!at::GradMode::is_enabled() || recomputing) return function(inputs);
   const auto recomputation = c10::make_intrusive<Recomputation>(std::move(function), inputs.size(),
                                                                 inputs.front().device().type());

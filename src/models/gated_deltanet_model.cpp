@@ -1,3 +1,5 @@
+#include <tuple>
+
 #include <gdn/layers/recompute.h>
 #include <gdn/models/gated_deltanet_model.h>
 
@@ -36,12 +38,15 @@ GatedDeltaNetBlockImpl::GatedDeltaNetBlockImpl(const GatedDeltaNetConfig& config
                                                          .fuse_swiglu = config.fuse_swiglu}));
 }
 
-at::Tensor GatedDeltaNetBlockImpl::forward(const MixerInput& input) {
+std::vector<at::Tensor> GatedDeltaNetBlockImpl::forward(const MixerInput& input,
+                                                        const at::Tensor& residual) {
   MixerInput mixer = input;
-  mixer.hidden_states = attn_norm_(input.hidden_states);
-  const at::Tensor hidden_states =
-      input.hidden_states + (attention_.is_empty() ? delta_net_(mixer) : attention_(mixer));
-  return hidden_states + mlp_(mlp_norm_(hidden_states));
+  at::Tensor sum;
+  std::tie(mixer.hidden_states, sum) = attn_norm_->prenorm(input.hidden_states, residual);
+  at::Tensor normed;
+  std::tie(normed, sum) =
+      mlp_norm_->prenorm(attention_.is_empty() ? delta_net_(mixer) : attention_(mixer), sum);
+  return {mlp_(normed), sum};
 }
 
 GatedDeltaNetModelImpl::GatedDeltaNetModelImpl(const GatedDeltaNetConfig& config) {
@@ -62,18 +67,20 @@ GatedDeltaNetModelImpl::GatedDeltaNetModelImpl(const GatedDeltaNetConfig& config
 at::Tensor GatedDeltaNetModelImpl::forward(const at::Tensor& input_ids,
                                            const std::optional<at::Tensor>& cu_seqlens,
                                            std::vector<LayerCache>* caches) {
-  at::Tensor hidden_states = embeddings_(input_ids);  // [B, T, hidden_size]
+  // Their sum: [B, T, hidden_size], and after the first layer the residual of the same shape.
+  std::vector<at::Tensor> summands = {embeddings_(input_ids)};
   for (size_t i = 0; i < layers_->size(); ++i) {
     const auto layer = layers_->ptr<GatedDeltaNetBlockImpl>(i);
     const auto run = [layer, cu_seqlens, cache = caches != nullptr ? &(*caches)[i] : nullptr](
                          const std::vector<at::Tensor>& x) {
-      return layer->forward({.hidden_states = x[0], .cu_seqlens = cu_seqlens, .cache = cache});
+      return layer->forward({.hidden_states = x[0], .cu_seqlens = cu_seqlens, .cache = cache},
+                            x.size() > 1 ? x[1] : at::Tensor());
     };
     const bool recompute = checkpointing_ && caches == nullptr;
-    hidden_states = recompute ? recompute_in_backward(run, {hidden_states}, layer->parameters())
-                              : run({hidden_states});
+    summands =
+        recompute ? recompute_in_backward(run, summands, layer->parameters()) : run(summands);
   }
-  return norm_(hidden_states);
+  return std::get<0>(norm_->prenorm(summands[0], summands.size() > 1 ? summands[1] : at::Tensor()));
 }
 
 }  // namespace gdn

@@ -14,12 +14,14 @@
 
 namespace gdn {
 
-/// x + attn(attn_norm(x)), then x + mlp(mlp_norm(x)); attn is Gated DeltaNet or attention.
+/// x + attn(attn_norm(x)), then x + mlp(mlp_norm(x)); attn is Gated DeltaNet or attention. The last
+/// sum is left to the next norm, which takes and gives it in one pass.
 class GatedDeltaNetBlockImpl : public torch::nn::Module {
  public:
   GatedDeltaNetBlockImpl(const GatedDeltaNetConfig& config, int64_t layer);
-  /// Input and result [B, T, hidden_size].
-  at::Tensor forward(const MixerInput& input);
+  /// Input and result are two summands [B, T, hidden_size]: input.hidden_states and `residual`,
+  /// which may be undefined.
+  std::vector<at::Tensor> forward(const MixerInput& input, const at::Tensor& residual);
 
  private:
   RMSNorm attn_norm_{nullptr}, mlp_norm_{nullptr};

@@ -14,6 +14,13 @@ at::Tensor RMSNormImpl::forward(const at::Tensor& x) {
   return at::rms_norm(x, {options.size}, weight.to(x.scalar_type()), options.eps);
 }
 
+std::tuple<at::Tensor, at::Tensor> RMSNormImpl::prenorm(const at::Tensor& x,
+                                                        const at::Tensor& residual) {
+  if (residual.defined() && options.fused) return add_rms_norm(x, residual, weight, options.eps);
+  const at::Tensor sum = residual.defined() ? x + residual : x;
+  return {forward(sum), sum};
+}
+
 FusedRMSNormGatedImpl::FusedRMSNormGatedImpl(const FusedRMSNormGatedOptions& options)
     : options(options) {
   reset();

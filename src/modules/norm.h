@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 #include <torch/nn.h>
 
@@ -19,6 +20,8 @@ class RMSNormImpl : public torch::nn::Cloneable<RMSNormImpl> {
   explicit RMSNormImpl(const RMSNormOptions& options);
   void reset() override;
   at::Tensor forward(const at::Tensor& x);  // [..., size]
+  /// The norm of x + residual, and that sum. Without a residual (undefined) the sum is x.
+  std::tuple<at::Tensor, at::Tensor> prenorm(const at::Tensor& x, const at::Tensor& residual);
 
   RMSNormOptions options;
   at::Tensor weight;  // [size], ones at first

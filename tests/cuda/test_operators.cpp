@@ -53,6 +53,12 @@ TEST_F(CudaOperators, Norms) {
                         "rms_norm");
     expect_cuda_matches([](const auto& in) { return rms_norm_gated(in[0], in[1], in[2], kEps); },
                         {x, gate, weight}, "rms_norm_gated");
+    expect_cuda_matches(
+        [](const auto& in) {
+          const auto [y, sum] = add_rms_norm(in[0], in[1], in[2], kEps);
+          return torch::stack({y, sum});
+        },
+        {x, gate, weight}, "add_rms_norm");
     expect_cuda_matches([](const auto& in) { return l2_norm(in[0]); }, {x}, "l2_norm");
   }
 }

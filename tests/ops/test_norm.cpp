@@ -34,6 +34,17 @@ TEST_F(Norm, MatchesPlainTorchInEveryDtype) {
         [](const auto& in) { return rms_norm_gated(in[0], in[1], in[2], kEps); },
         [](const auto& in) { return plain_rms_norm(in[0], in[2]) * torch::silu(in[1]); },
         {x, gate, weight}, "rms_norm_gated");
+    const at::Tensor weights = torch::randn({2, 3, 5, D}, at::kDouble);  // of the two results
+    expect_matches_plain(
+        [&](const auto& in) {
+          const auto [y, sum] = add_rms_norm(in[0], in[1], in[2], kEps);
+          return torch::stack({y, sum}) * weights.to(y.scalar_type());
+        },
+        [&](const auto& in) {
+          const at::Tensor sum = in[0] + in[1];
+          return torch::stack({plain_rms_norm(sum, in[2]), sum}) * weights.to(sum.scalar_type());
+        },
+        {x, gate, weight}, "add_rms_norm");
     expect_matches_plain(
         [](const auto& in) { return l2_norm(in[0]); },
         [](const auto& in) { return in[0] * torch::rsqrt(in[0].pow(2).sum(-1, true) + 1e-6); }, {x},
@@ -70,6 +81,31 @@ TEST_F(Norm, TakesFp32WeightsWithLowPrecisionInput) {
   const at::Tensor want =
       plain_rms_norm(x.detach().to(at::kDouble), weight.detach().to(at::kDouble));
   expect_close(y, want, {0, kHalfUlpBf16 * 1.01}, "y");  // rounded once, at the end
+}
+
+TEST_F(Norm, AutocastTakesAResidualOfAnotherDtype) {
+  const at::Tensor x = torch::randn({2, 8}).to(at::kBFloat16).requires_grad_();
+  const at::Tensor residual = torch::randn({2, 8}).requires_grad_();
+  EXPECT_THROW(add_rms_norm(x, residual, std::nullopt, kEps), c10::ValueError);
+  const AutocastBf16 autocast;
+  const auto [y, sum] = add_rms_norm(x, residual, std::nullopt, kEps);
+  EXPECT_TRUE(torch::equal(sum, x.to(at::kFloat) + residual));
+  EXPECT_TRUE(torch::equal(y, rms_norm(sum, std::nullopt, kEps)));
+  (y.sum() + sum.sum()).backward();
+  EXPECT_EQ(x.grad().scalar_type(), at::kBFloat16);
+  EXPECT_EQ(residual.grad().scalar_type(), at::kFloat);
+}
+
+TEST_F(Norm, EitherResultAloneHasAGradient) {
+  const at::Tensor residual = torch::randn({3, 8});
+  for (const bool normed : {true, false}) {
+    const at::Tensor x = torch::randn({3, 8}).requires_grad_();
+    const auto [y, sum] = add_rms_norm(x, residual, std::nullopt, kEps);
+    (normed ? y : sum).pow(2).sum().backward();
+    const at::Tensor plain = (x.detach() + residual).requires_grad_();
+    (normed ? rms_norm(plain, std::nullopt, kEps) : plain).pow(2).sum().backward();
+    EXPECT_TRUE(torch::equal(x.grad(), plain.grad())) << normed;
+  }
 }
 
 TEST_F(Norm, AutocastTakesAGateOfAnotherDtype) {
@@ -138,6 +174,8 @@ TEST_F(Norm, RejectsWhatItCannotTake) {
       "rms_norm: x", "Long");
   expect_rejected([&] { rms_norm_gated(x, x.narrow(1, 0, 4), std::nullopt, kEps); },
                   "rms_norm_gated: gate", "[2, 4]");
+  expect_rejected([&] { add_rms_norm(x, x.narrow(1, 0, 4), std::nullopt, kEps); },
+                  "add_rms_norm: residual", "[2, 4]");
   expect_rejected([&] { l2_norm(torch::tensor(1.0)); }, "l2_norm: x", "[]");
 }
 

@@ -136,11 +136,12 @@ def other_cases():
         "conv update": (gdn.causal_conv1d_update, (x.detach(), history, taps.detach()), {}),
         "rms_norm": (gdn.rms_norm, (x, weight, 1e-5), {}),
         "rms_norm_gated": (gdn.rms_norm_gated, (x, torch.randn_like(x), weight, 1e-5), {}),
+        "add_rms_norm": (gdn.add_rms_norm, (x, torch.randn_like(x), weight, 1e-5), {}),
         "l2_norm": (gdn.l2_norm, (x,), {}),
         "norm": (gdn.norm, (x, None, weight, 1e-5, False), {}),
         "norm backward": (
             gdn.norm_backward,
-            (torch.randn(B, T, 6), x.detach(), None, weight.detach(), 1e-5, False),
+            (torch.randn(B, T, 6), x.detach(), None, weight.detach(), None, 1e-5, False),
             {},
         ),
         "swiglu": (gdn.swiglu, (x, torch.randn_like(x, requires_grad=True)), {}),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gated_deltanet.ops.common import rms_norm, rms_norm_gated
+from gated_deltanet.ops.common import add_rms_norm, rms_norm, rms_norm_gated
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +20,18 @@ class RMSNorm(nn.Module):
         self.size, self.eps, self.fused = size, eps, fused
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> [..., size], in x's dtype."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x + residual, [..., size] in its dtype; with prenorm also that sum."""
+        if residual is not None and self.fused:
+            y, x = add_rms_norm(x, residual, self.weight, self.eps)
+        else:
+            x = x if residual is None else x + residual
+            y = self._norm(x)
+        return (y, x) if prenorm else y
+
+    def _norm(self, x: Tensor) -> Tensor:
         if self.fused:
             return rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, (self.size,), self.weight.to(x.dtype), self.eps)

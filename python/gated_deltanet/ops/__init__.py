@@ -1,6 +1,7 @@
 """The operators: thin typed functions over `torch.ops.gdn`."""
 
 from gated_deltanet.ops.common import (
+    add_rms_norm,
     causal_conv1d,
     causal_conv1d_update,
     cross_entropy,
@@ -20,6 +21,7 @@ from gated_deltanet.ops.gated_delta_rule import (
 )
 
 __all__ = [
+    "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",

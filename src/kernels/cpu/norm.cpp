@@ -30,6 +30,15 @@ void norm_rows(const NormForward& p, const float* weight, int64_t begin, int64_t
   for (int64_t m = begin; m < end; ++m) {
     const T* x = static_cast<const T*>(p.x.data) + m * p.x.stride;
     T* y = static_cast<T*>(p.y.data) + m * p.y.stride;
+    if (p.residual.data != nullptr) {
+      const T* residual = static_cast<const T*>(p.residual.data) + m * p.residual.stride;
+      T* sum = static_cast<T*>(p.sum.data) + m * p.sum.stride;
+      for (int64_t i = 0; i < p.D; i += lanes) {
+        const int64_t rest = p.D - i;
+        StoreF32(d, hn::Add(LoadF32(d, x + i, rest), LoadF32(d, residual + i, rest)), sum + i, rest);
+      }
+      x = sum;
+    }
     auto squares = hn::Zero(d);
     for (int64_t i = 0; i < p.D; i += lanes) {
       const auto v = LoadF32(d, x + i, p.D - i);
@@ -97,7 +106,12 @@ void norm_backward_rows(const NormBackward& p, const float* weight, int64_t begi
       }
       const auto normed = hn::Mul(LoadF32(d, x + i, rest), r);
       const auto h = hn::Mul(e, LoadF32(d, weight + i, rest));
-      StoreF32(d, hn::Mul(r, hn::MulAdd(normed, minus_c, h)), d_x + i, rest);
+      auto gradient = hn::Mul(r, hn::MulAdd(normed, minus_c, h));
+      if (p.d_sum.data != nullptr) {
+        const T* d_sum = static_cast<const T*>(p.d_sum.data) + m * p.d_sum.stride;
+        gradient = hn::Add(gradient, LoadF32(d, d_sum + i, rest));
+      }
+      StoreF32(d, gradient, d_x + i, rest);
       const auto sum = hn::MulAdd(e, normed, LoadF32(d, d_weight + i, rest));
       StoreF32(d, sum, d_weight + i, rest);
     }

@@ -55,6 +55,22 @@ struct Tile {
       }
     }
   }
+
+  /// The sum takes the element's precision.
+  __device__ void add(const Tile& other) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int k = 0; k < L::kPieces; ++k) {
+        float sum[L::kCount], summand[L::kCount];
+        unpack(pieces[r][k], sum);
+        unpack(other.pieces[r][k], summand);
+#pragma unroll
+        for (int j = 0; j < L::kCount; ++j) sum[j] += summand[j];
+        pieces[r][k] = pack<typename L::Element>(sum);
+      }
+    }
+  }
 };
 
 /// The weights of a thread's columns from i on; ones where there are none.
@@ -90,12 +106,18 @@ template <typename L, bool kGated>
 __global__ void __launch_bounds__(kBlock) norm_kernel(NormForward p) {
   constexpr int kRows = L::rows(4, kGated ? 2 : 1);
   const int64_t row = int64_t{blockIdx.x} * L::kGroups * kRows + L::group();
+  const bool adds = !kGated && p.residual.data != nullptr;
   Tile<L, kRows> x, gate;
   float weight[L::kPieces][L::kCount];
   float factor[kRows] = {};  // first the sums of squares
   const auto load = [&](int64_t i) {
     x.load(p.x, p, row, i);
     if constexpr (kGated) gate.load(p.gate, p, row, i);
+    if (adds) {
+      Tile<L, kRows> residual;
+      residual.load(p.residual, p, row, i);
+      x.add(residual);
+    }
     load_weight<L>(p, i, weight);
   };
   for (int64_t i = L::first(); i < p.D || L::kOnce; i += L::kColumns) {
@@ -126,6 +148,7 @@ __global__ void __launch_bounds__(kBlock) norm_kernel(NormForward p) {
         if (m >= p.M || column >= p.D) continue;
         float y[L::kCount];
         unpack(x.pieces[r][k], y);
+        if (adds) store_piece<L>(p.sum, m, column, y);
 #pragma unroll
         for (int j = 0; j < L::kCount; ++j) y[j] *= factor[r] * weight[k][j];
         if constexpr (kGated) {
@@ -155,13 +178,14 @@ __global__ void __launch_bounds__(kBlock, backward_blocks(kGated))
   bool first_rows = true;
   for (int64_t row = int64_t{blockIdx.x} * L::kGroups * kRows; row < p.M;
        row += int64_t{gridDim.x} * L::kGroups * kRows) {
-    Tile<L, kRows> x, d_y, gate;
+    Tile<L, kRows> x, d_y, gate, d_sum = {};
     float active[kRows][L::kPieces][L::kCount];  // the gates' sigmoids
     float sums[2 * kRows] = {};                  // of x x, and of h x
     const auto load = [&](int64_t i) {
       x.load(p.x, p, row + L::group(), i);
       d_y.load(p.d_y, p, row + L::group(), i);
       if constexpr (kGated) gate.load(p.gate, p, row + L::group(), i);
+      if (!kGated && p.d_sum.data != nullptr) d_sum.load(p.d_sum, p, row + L::group(), i);
       if constexpr (!L::kOnce) load_weight<L>(p, i, weight);
     };
     for (int64_t i = first; i < p.D || L::kOnce; i += L::kColumns) {
@@ -231,10 +255,11 @@ __global__ void __launch_bounds__(kBlock, backward_blocks(kGated))
             store_piece<L>(p.d_gate, m, column, d_gate);
           }
           float d_x[L::kCount];
+          unpack(d_sum.pieces[r][k], d_x);
 #pragma unroll
           for (int j = 0; j < L::kCount; ++j) {
             d_weight[k][j] = fmaf(h[j], normed[j], d_weight[k][j]);
-            d_x[j] = factor[r] * (h[j] * weight[k][j] - normed[j] * mean[r]);
+            d_x[j] = fmaf(factor[r], h[j] * weight[k][j] - normed[j] * mean[r], d_x[j]);
           }
           store_piece<L>(p.d_x, m, column, d_x);
         }
@@ -319,7 +344,9 @@ int64_t part_count(const NormProblem& p) {
 void norm(const NormForward& p, Stream stream) {
   if (p.M == 0 || p.D == 0) return;
   const auto aligned = [&]<typename T>() {
-    return inputs_aligned<T>(p) && rows_aligned<T>(p.y.data, p.y.stride, 16);
+    return inputs_aligned<T>(p) && rows_aligned<T>(p.y.data, p.y.stride, 16) &&
+           rows_aligned<T>(p.residual.data, p.residual.stride, 16) &&
+           rows_aligned<T>(p.sum.data, p.sum.stride, 16);
   };
   with_layout(p, aligned, [&]<typename L>() {
     const auto launch = [&]<bool kGated>() {
@@ -343,6 +370,7 @@ void norm_backward(const NormBackward& p, void* scratch, Stream stream) {
   const auto aligned = [&]<typename T>() {
     return inputs_aligned<T>(p) && rows_aligned<T>(p.d_y.data, p.d_y.stride, 16) &&
            rows_aligned<T>(p.d_x.data, p.d_x.stride, 16) &&
+           rows_aligned<T>(p.d_sum.data, p.d_sum.stride, 16) &&
            (p.gate.data == nullptr || rows_aligned<T>(p.d_gate.data, p.d_gate.stride, 16));
   };
   const int64_t count = part_count(p);

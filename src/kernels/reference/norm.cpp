@@ -12,10 +12,11 @@ struct Row {
   std::vector<Real> x, gate, weight;
   Real r;  // the row's factor
 
-  Row(const NormProblem& p, int64_t m) : x(p.D), gate(p.D), weight(p.D, 1) {
+  Row(const NormProblem& p, const ConstView2& input, int64_t m)
+      : x(p.D), gate(p.D), weight(p.D, 1) {
     Real sum = 0;
     for (int64_t i = 0; i < p.D; ++i) {
-      x[i] = load_element<Real>(p.x.data, p.dtype, m * p.x.stride + i);
+      x[i] = load_element<Real>(input.data, p.dtype, m * input.stride + i);
       sum += x[i] * x[i];
       if (p.weight != nullptr) weight[i] = load_element<Real>(p.weight, p.weight_dtype, i);
       if (p.gate.data != nullptr) {
@@ -30,12 +31,24 @@ struct Row {
   }
 };
 
+/// Writes x + residual.
+template <typename Real>
+void add_residual(const NormForward& p, int64_t m) {
+  for (int64_t i = 0; i < p.D; ++i) {
+    const Real x = load_element<Real>(p.x.data, p.dtype, m * p.x.stride + i);
+    const Real residual = load_element<Real>(p.residual.data, p.dtype, m * p.residual.stride + i);
+    store_element(p.sum.data, p.dtype, m * p.sum.stride + i, x + residual);
+  }
+}
+
 }  // namespace
 
 template <typename Real>
 void norm(const NormForward& p) {
+  const bool adds = p.residual.data != nullptr;
   for (int64_t m = 0; m < p.M; ++m) {
-    const Row<Real> row(p, m);
+    if (adds) add_residual<Real>(p, m);
+    const Row<Real> row(p, adds ? ConstView2{p.sum.data, p.sum.stride} : p.x, m);
     for (int64_t i = 0; i < p.D; ++i) {
       Real y = row.x[i] * row.r * row.weight[i];
       if (p.gate.data != nullptr) y *= silu(row.gate[i]);
@@ -48,7 +61,7 @@ template <typename Real>
 void norm_backward(const NormBackward& p) {
   std::vector<Real> d_weight(p.D, 0);
   for (int64_t m = 0; m < p.M; ++m) {
-    const Row<Real> row(p, m);
+    const Row<Real> row(p, p.x, m);
     std::vector<Real> h(p.D);
     Real c = 0;
     for (int64_t i = 0; i < p.D; ++i) {
@@ -65,7 +78,10 @@ void norm_backward(const NormBackward& p) {
     }
     c *= row.per_row(p);
     for (int64_t i = 0; i < p.D; ++i) {
-      const Real d_x = row.r * (h[i] - row.x[i] * row.r * c);
+      Real d_x = row.r * (h[i] - row.x[i] * row.r * c);
+      if (p.d_sum.data != nullptr) {
+        d_x += load_element<Real>(p.d_sum.data, p.dtype, m * p.d_sum.stride + i);
+      }
       store_element(p.d_x.data, p.dtype, m * p.d_x.stride + i, d_x);
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include <ATen/core/Tensor.h>
 
@@ -10,6 +11,12 @@ namespace gdn {
 /// x * rsqrt(mean(x^2) + eps) * weight. x [..., D]; weight [D] or absent (ones), in x's dtype or
 /// fp32.
 at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps);
+
+/// rms_norm of x + residual, and that sum: a residual connection and the norm after it in one pass.
+/// residual like x (under autocast in any dtype).
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                const std::optional<at::Tensor>& weight,
+                                                double eps);
 
 /// rms_norm(x, weight, eps) * silu(gate): the output norm of GDN layers. gate like x.
 at::Tensor rms_norm_gated(const at::Tensor& x, const at::Tensor& gate,

@@ -35,7 +35,10 @@ from gated_deltanet.ops.utils import check_shape, find_padding, reject
 
 
 class GatedDeltaNetBlock(GradientCheckpointingLayer):
-    """x + attn(attn_norm(x)), then x + mlp(mlp_norm(x)); attn is Gated DeltaNet or attention."""
+    """x + attn(attn_norm(x)), then x + mlp(mlp_norm(x)); attn is Gated DeltaNet or attention.
+
+    The last sum is left to the next norm, which takes and gives it in one pass.
+    """
 
     def __init__(self, config: GatedDeltaNetConfig, layer_idx: int) -> None:
         super().__init__()
@@ -64,15 +67,15 @@ class GatedDeltaNetBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        residual: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: GatedDeltaNetCache | None = None,
-    ) -> Tensor:
-        """[B, T, hidden_size] -> [B, T, hidden_size]; B is 1 with cu_seqlens [N + 1]."""
-        mixed, _, _ = self.attn(
-            self.attn_norm(hidden_states), cu_seqlens=cu_seqlens, past_key_values=past_key_values
-        )
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+    ) -> tuple[Tensor, Tensor]:
+        """Input and output are two summands [B, T, hidden_size]; B is 1 with cu_seqlens [N + 1]."""
+        normed, residual = self.attn_norm(hidden_states, residual, prenorm=True)
+        mixed, _, _ = self.attn(normed, cu_seqlens=cu_seqlens, past_key_values=past_key_values)
+        normed, residual = self.mlp_norm(mixed, residual, prenorm=True)
+        return self.mlp(normed), residual
 
 
 class GatedDeltaNetPreTrainedModel(PreTrainedModel):
@@ -186,11 +189,14 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
             hidden_states, cu_seqlens = padding.unpad(hidden_states), padding.cu_seqlens
 
         collected = [hidden_states] if output_hidden_states else []
+        residual = None
         for block in self.layers:
-            hidden_states = block(hidden_states, cu_seqlens=cu_seqlens, past_key_values=cache)
+            hidden_states, residual = block(
+                hidden_states, residual, cu_seqlens=cu_seqlens, past_key_values=cache
+            )
             if output_hidden_states:
-                collected.append(hidden_states)
-        hidden_states = self.norm(hidden_states)
+                collected.append(hidden_states + residual)
+        hidden_states = self.norm(hidden_states, residual)
         if output_hidden_states:
             collected[-1] = hidden_states
         if cache is not None:

@@ -23,6 +23,26 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return torch.ops.gdn.rms_norm(x, weight, eps)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual, and that sum: a residual connection and its norm in one pass.
+
+    Args:
+        x: [..., D].
+        residual: shape and dtype of x (under autocast any dtype).
+        weight: [D] in x's dtype or fp32. Default: ones.
+        eps: added to the mean square.
+
+    Returns:
+        The norm and the sum; differentiable in x, residual and weight.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.gdn.add_rms_norm(x, residual, weight, eps)
+
+
 def rms_norm_gated(
     x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
