@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gated_deltanet.layers import Attention, GatedDeltaNet, LayerCache
 from gated_deltanet.models import GatedDeltaNetCache
@@ -296,3 +297,28 @@ def test_recomputing_keeps_less_and_gives_the_same_bits(options):
     assert kept < 0.8 * kept_before
     for got, want in zip(recomputed, plain, strict=True):
         assert torch.equal(got, want)
+
+
+def test_recomputing_keeps_no_input_of_o_proj_and_multiplies_no_more_than_without():
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten.mm.default
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for recompute in (True, False):
+        layer = gated().train()
+        layer.recompute = recompute
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor
+        ):
+            output = layer(torch.randn(2, 30, 32))[0]
+        # The projections are kept with both dimensions; a product takes [B T, ...].
+        assert (torch.Size([60, layer.o_proj.in_features]) in kept) != recompute
+        with Products() as products:
+            output.sum().backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1]
