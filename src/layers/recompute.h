@@ -8,7 +8,8 @@
 
 namespace gdn {
 
-using RecomputedFunction = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>& inputs)>;
+using RecomputedFunction =
+    std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>& inputs)>;
 
 /// function(inputs), keeping only the inputs (one or more): the backward runs `function` again,
 /// under the same autocast state. `parameters` are the leaves that `function` uses; it must draw no

@@ -35,7 +35,8 @@ void norm_rows(const NormForward& p, const float* weight, int64_t begin, int64_t
       T* sum = static_cast<T*>(p.sum.data) + m * p.sum.stride;
       for (int64_t i = 0; i < p.D; i += lanes) {
         const int64_t rest = p.D - i;
-        StoreF32(d, hn::Add(LoadF32(d, x + i, rest), LoadF32(d, residual + i, rest)), sum + i, rest);
+        const auto added = hn::Add(LoadF32(d, x + i, rest), LoadF32(d, residual + i, rest));
+        StoreF32(d, added, sum + i, rest);
       }
       x = sum;
     }
