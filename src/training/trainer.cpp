@@ -187,8 +187,7 @@ class Trainer {
   }
 
   void make_model() {
-    at::Generator generator = at::globalContext().defaultGenerator(device_);
-    generator.set_current_seed(options_.seed);
+    at::manual_seed(options_.seed);  // of every device: gates are drawn on the CPU
     const auto checkpoint = folder_.latest_checkpoint();
     const auto dtype = options_.dtype == "bf16-weights" ? at::kBFloat16 : at::kFloat;
     if (checkpoint) {

@@ -389,7 +389,7 @@ class Info(CommandTest):
         info = json.loads(self.assert_succeeds(gdn("info", "--json")))
         self.assertIn(info["kernels"]["chosen"], info["kernels"]["instruction_sets"])
         self.assertTrue(info["torch"].startswith("2.11"))
-        self.assertEqual(info["operators"]["gated_delta_rule_forward"], ["cpu"])
+        self.assertIn("cpu", info["operators"]["gated_delta_rule_forward"])
         self.assertEqual(info["operators"]["chunk_gated_delta_rule"], ["composed"])
 
     def test_text(self):

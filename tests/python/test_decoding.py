@@ -94,7 +94,7 @@ def test_only_settled_caches_are_captured(tiny_model, monkeypatch):
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 def test_generate_replays_a_graph(tiny_model):
-    model, ids = tiny_model(), torch.randint(61, (3, 5))
+    model, ids = tiny_model(), torch.randint(1, 61, (3, 5))  # 0 would be taken for padding
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 20}
     expected = model.generate(ids, **options)
     model.cuda()
