@@ -54,7 +54,7 @@ Case decode_case(const DecodeShape& s) {
           [s](Memory& memory, bool reference) -> std::function<void(cudaStream_t)> {
             if (reference) {
               const auto p = decode_problem<GatedDeltaRuleForward>(memory, s);
-              return [p](cudaStream_t) { reference::recurrent_gated_delta_rule(p); };
+              return [p](cudaStream_t) { reference::recurrent_gated_delta_rule<double>(p); };
             }
             const auto p = decode_problem<cuda::RecurrentGatedDeltaRule>(memory, s);
             return [p](cudaStream_t stream) { cuda::recurrent_gated_delta_rule(p, stream); };
