@@ -1,4 +1,5 @@
-// Time of the Hopper forward beside the best published, and of its roles alone.
+// Time of the Hopper forward beside the best published, and of its roles alone; with the argument
+// `spans`, of its several kernels in divisions of every kind, from which the plan's constants are.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -84,48 +85,108 @@ double time_roles(const GatedDeltaRuleForward& p) {
       [&](cudaStream_t stream) { sm90::launch_forward<__nv_bfloat16, kRoles>(arguments, stream); });
 }
 
-/// The several kernels alone, for the plan's constants.
-void time_kernels(const Shape& shape, const sm90::ForwardPlan& plan) {
-  const Problem problem(shape);
+/// Milliseconds of the several kernels, each alone.
+struct KernelTimes {
+  double matrices, inverses, compose, fused;
+  double ends[2], outputs[2];  // with one half of V a block, with both
+};
+
+KernelTimes time_kernels(const Problem& problem, sm90::ForwardPlan plan) {
+  using Element = __nv_bfloat16;
   const Scratch scratch(sm90::forward_scratch(problem.p, plan));
   const sm90::SplitArguments arguments = sm90::split_arguments(problem.p, plan, scratch.data);
-  using Element = __nv_bfloat16;
-  const double whole = time_plan(problem, plan);
-  const double matrices = time([&](cudaStream_t stream) {
+  const auto matrices = [&](cudaStream_t stream) {
     sm90::launch_matrices<Element>(problem.p, plan, arguments, stream);
-  });
-  const double ends = time([&](cudaStream_t stream) {
-    sm90::launch_scan<Element, sm90::Scan::kEnd>(problem.p, plan, arguments, stream);
-  });
-  const double compose =
+  };
+  KernelTimes times;
+  times.matrices = time(matrices);
+  for (const int halves : {1, 2}) {
+    plan.end_halves = plan.output_halves = halves;
+    times.ends[halves - 1] = time([&](cudaStream_t stream) {
+      sm90::launch_scan<Element, sm90::Scan::kEnd>(problem.p, plan, arguments, stream);
+    });
+    times.outputs[halves - 1] = time([&](cudaStream_t stream) {
+      sm90::launch_scan<Element, sm90::Scan::kOutputs>(problem.p, plan, arguments, stream);
+    });
+  }
+  times.compose =
       time([&](cudaStream_t stream) { sm90::launch_compose(problem.p, arguments, stream); });
-  const double outputs = time([&](cudaStream_t stream) {
-    sm90::launch_scan<Element, sm90::Scan::kOutputs>(problem.p, plan, arguments, stream);
+  plan.fused_outputs = true;
+  times.inverses = time(matrices);
+  times.fused = time([&](cudaStream_t stream) {
+    sm90::launch_fused_outputs<Element>(problem.p, plan, arguments, stream);
   });
-  std::printf(
-      "%2d/%-2d %6d tokens, spans of %3d chunks, halves %d %d: all %.4f, matrices %.4f, "
-      "ends %.4f, compose %.4f, outputs %.4f\n",
-      shape.H, shape.HV, static_cast<int>(problem.p.T), static_cast<int>(plan.span_chunks),
-      plan.end_halves, plan.output_halves, whole, matrices, ends, compose, outputs);
+  return times;
+}
+
+/// For the plan's constants: every shape for which spans come near the plan of least expected time,
+/// in several numbers of spans: the kernels alone, and the best plans that these make.
+void sweep_spans(const Shape& shape) {
+  const Problem problem(shape);
+  const int count = sm90::multiprocessors();
+  const sm90::ForwardCost cost(problem.p, problem.longest, count);
+  sm90::ForwardPlan plan = sm90::plan_forward(problem.p, problem.longest, count);
+  const double least = cost.of(plan);
+  plan.split = true;
+  std::string lengths;
+  for (const int64_t length : shape.lengths) {
+    lengths += (lengths.empty() ? "" : "+") + std::to_string(length);
+  }
+  bool first = true;
+  for (const int64_t spans : {2, 3, 4, 5, 6, 8, 10, 12, 16, 24}) {
+    constexpr double kNear = 1.3;
+    if (spans * 4 > cost.longest_chunks()) break;
+    plan.span_chunks = (cost.longest_chunks() + spans - 1) / spans;
+    const auto expected = [&](bool fused) {
+      sm90::ForwardPlan with = plan;
+      with.fused_outputs = fused;
+      double time = 1e9;
+      for (with.end_halves = 1; with.end_halves <= 2; ++with.end_halves) {
+        for (with.output_halves = 1; with.output_halves <= 2; ++with.output_halves) {
+          time = std::min(time, cost.of(with));
+        }
+      }
+      return time;
+    };
+    if (std::min(expected(false), expected(true)) > kNear * least) continue;
+    if (first) {
+      std::printf("%2d/%-2d %s: one kernel %.4f", shape.H, shape.HV, lengths.c_str(),
+                  time_plan(problem, {}));
+      for (const int halves : {1, 2}) {
+        std::printf(", without spans %d: %.4f", halves,
+                    time_plan(problem, {.split = true,
+                                        .output_halves = halves,
+                                        .matrix_chunks = plan.matrix_chunks}));
+      }
+      std::printf("\n");
+      first = false;
+    }
+    plan.fused_outputs = false;
+    const KernelTimes alone = time_kernels(problem, plan);
+    plan.end_halves = alone.ends[0] < alone.ends[1] ? 1 : 2;
+    plan.output_halves = alone.outputs[0] < alone.outputs[1] ? 1 : 2;
+    const double apart = time_plan(problem, plan);
+    plan.fused_outputs = true;
+    const double fused = time_plan(problem, plan);
+    std::printf(
+        "%3d spans of %3d: matrices %.4f, T %.4f, ends %.4f %.4f, compose %.4f, outputs %.4f %.4f, "
+        "fused %.4f; best %d %d %.4f (%.4f), %d fused %.4f (%.4f)\n",
+        static_cast<int>(spans), static_cast<int>(plan.span_chunks), alone.matrices, alone.inverses,
+        alone.ends[0], alone.ends[1], alone.compose, alone.outputs[0], alone.outputs[1],
+        alone.fused, plan.end_halves, plan.output_halves, apart, expected(false) * 1e-3,
+        plan.end_halves, fused, expected(true) * 1e-3);
+  }
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
-  for (const int64_t span : {16, 32, 64, 128}) {
-    for (const int halves : {1, 2}) {
-      time_kernels(
-          {2, 8, {32768}},
-          {.split = true, .span_chunks = span, .end_halves = halves, .output_halves = halves});
-    }
-  }
-  for (const int halves : {1, 2}) {
-    time_kernels(
-        {16, 64, {8192}},
-        {.split = true, .span_chunks = 128, .end_halves = halves, .output_halves = halves});
+  if (argc > 1 && std::string(argv[1]) == "spans") {
+    for (const Shape& shape : published_shapes()) sweep_spans(shape);
+    return 0;
   }
   std::vector<Measured> all;
   for (const Shape& shape : published_shapes()) all.push_back(measure(shape));
