@@ -1,5 +1,5 @@
 // Time of the Hopper forward beside the best published, and of its roles alone; with the argument
-// `spans`, of its several kernels in divisions of every kind, from which the plan's constants are.
+// `plans`, of every plan that comes near the best and of its kernels, for the plan's constants.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -62,19 +62,27 @@ Measured measure(const Shape& shape) {
   return {shape, plan, time_plan(problem, plan), expected};
 }
 
-void print(const Measured& measured) {
+std::string describe(const Shape& shape) {
   std::string lengths;
-  for (const int64_t length : measured.shape.lengths) {
+  for (const int64_t length : shape.lengths) {
     lengths += (lengths.empty() ? "" : "+") + std::to_string(length);
   }
-  const sm90::ForwardPlan& plan = measured.plan;
-  const std::string division =
-      !plan.split ? "one kernel"
-                  : std::to_string(plan.span_chunks) + ", " + std::to_string(plan.end_halves) +
-                        ", " + (plan.fused_outputs ? "fused" : std::to_string(plan.output_halves));
+  return lengths;
+}
+
+/// Chunks of a span, and those of the first if outputs are fused; or halves of V a block.
+std::string describe(const sm90::ForwardPlan& plan) {
+  if (!plan.split) return "one kernel";
+  const std::string span = std::to_string(plan.span_chunks) + ", ";
+  return plan.fused_outputs
+             ? span + "first " + std::to_string(plan.span_chunks + plan.lead_chunks)
+             : span + std::to_string(plan.end_halves) + ", " + std::to_string(plan.output_halves);
+}
+
+void print(const Measured& measured) {
   std::printf("%2d/%-2d %-40s %9.4f %9.3f %7.2f %9.4f  %s\n", measured.shape.H, measured.shape.HV,
-              lengths.c_str(), measured.ms, measured.shape.best_published, measured.ratio(),
-              measured.expected_ms, division.c_str());
+              describe(measured.shape).c_str(), measured.ms, measured.shape.best_published,
+              measured.ratio(), measured.expected_ms, describe(measured.plan).c_str());
 }
 
 /// Milliseconds of the roles that are given, the others idle.
@@ -85,97 +93,49 @@ double time_roles(const GatedDeltaRuleForward& p) {
       [&](cudaStream_t stream) { sm90::launch_forward<__nv_bfloat16, kRoles>(arguments, stream); });
 }
 
-/// Milliseconds of the several kernels, each alone.
-struct KernelTimes {
-  double matrices, inverses, compose, fused;
-  double ends[2], outputs[2];  // with one half of V a block, with both
-};
-
-KernelTimes time_kernels(const Problem& problem, sm90::ForwardPlan plan) {
+/// Milliseconds of the kernels of a plan, each alone, and of the whole.
+void print_kernels(const Problem& problem, const sm90::ForwardPlan& plan, double expected) {
   using Element = __nv_bfloat16;
   const Scratch scratch(sm90::forward_scratch(problem.p, plan));
   const sm90::SplitArguments arguments = sm90::split_arguments(problem.p, plan, scratch.data);
-  const auto matrices = [&](cudaStream_t stream) {
+  const double whole = time_plan(problem, plan);
+  const double matrices = time([&](cudaStream_t stream) {
     sm90::launch_matrices<Element>(problem.p, plan, arguments, stream);
-  };
-  KernelTimes times;
-  times.matrices = time(matrices);
-  for (const int halves : {1, 2}) {
-    plan.end_halves = plan.output_halves = halves;
-    times.ends[halves - 1] = time([&](cudaStream_t stream) {
-      sm90::launch_scan<Element, sm90::Scan::kEnd>(problem.p, plan, arguments, stream);
-    });
-    times.outputs[halves - 1] = time([&](cudaStream_t stream) {
-      sm90::launch_scan<Element, sm90::Scan::kOutputs>(problem.p, plan, arguments, stream);
-    });
-  }
-  times.compose =
-      time([&](cudaStream_t stream) { sm90::launch_compose(problem.p, arguments, stream); });
-  plan.fused_outputs = true;
-  times.inverses = time(matrices);
-  times.fused = time([&](cudaStream_t stream) {
-    sm90::launch_fused_outputs<Element>(problem.p, plan, arguments, stream);
   });
-  return times;
+  const double compose =
+      time([&](cudaStream_t stream) { sm90::launch_compose(problem.p, arguments, stream); });
+  const double ends = time([&](cudaStream_t stream) {
+    plan.fused_outputs
+        ? sm90::launch_first_pass<Element>(problem.p, plan, arguments, stream)
+        : sm90::launch_scan<Element, sm90::Scan::kEnd>(problem.p, plan, arguments, stream);
+  });
+  const double outputs = time([&](cudaStream_t stream) {
+    plan.fused_outputs
+        ? sm90::launch_later_outputs<Element>(problem.p, plan, arguments, stream)
+        : sm90::launch_scan<Element, sm90::Scan::kOutputs>(problem.p, plan, arguments, stream);
+  });
+  std::printf("  %-16s %.4f expected %.4f, matrices %.4f, first pass %.4f, compose %.4f, "
+              "outputs %.4f\n",
+              describe(plan).c_str(), whole, expected * 1e-3, matrices, ends, compose, outputs);
 }
 
-/// For the plan's constants: every shape for which spans come near the plan of least expected time,
-/// in several numbers of spans: the kernels alone, and the best plans that these make.
-void sweep_spans(const Shape& shape) {
+/// For the plan's constants: every kind of plan that comes near the one of least expected time.
+void sweep_plans(const Shape& shape) {
+  constexpr double kNear = 1.25;
   const Problem problem(shape);
   const int count = sm90::multiprocessors();
   const sm90::ForwardCost cost(problem.p, problem.longest, count);
-  sm90::ForwardPlan plan = sm90::plan_forward(problem.p, problem.longest, count);
-  const double least = cost.of(plan);
-  plan.split = true;
-  std::string lengths;
-  for (const int64_t length : shape.lengths) {
-    lengths += (lengths.empty() ? "" : "+") + std::to_string(length);
-  }
-  bool first = true;
-  for (const int64_t spans : {2, 3, 4, 5, 6, 8, 10, 12, 16, 24}) {
-    constexpr double kNear = 1.3;
-    if (spans * 4 > cost.longest_chunks()) break;
-    plan.span_chunks = (cost.longest_chunks() + spans - 1) / spans;
-    const auto expected = [&](bool fused) {
-      sm90::ForwardPlan with = plan;
-      with.fused_outputs = fused;
-      double time = 1e9;
-      for (with.end_halves = 1; with.end_halves <= 2; ++with.end_halves) {
-        for (with.output_halves = 1; with.output_halves <= 2; ++with.output_halves) {
-          time = std::min(time, cost.of(with));
-        }
-      }
-      return time;
-    };
-    if (std::min(expected(false), expected(true)) > kNear * least) continue;
-    if (first) {
-      std::printf("%2d/%-2d %s: one kernel %.4f", shape.H, shape.HV, lengths.c_str(),
-                  time_plan(problem, {}));
-      for (const int halves : {1, 2}) {
-        std::printf(", without spans %d: %.4f", halves,
-                    time_plan(problem, {.split = true,
-                                        .output_halves = halves,
-                                        .matrix_chunks = plan.matrix_chunks}));
-      }
-      std::printf("\n");
-      first = false;
+  const double least = cost.of(sm90::plan_forward(problem.p, problem.longest, count));
+  std::printf("%2d/%-2d %s\n", shape.H, shape.HV, describe(shape).c_str());
+  sm90::for_each_plan(cost, [&](const sm90::ForwardPlan& plan) {
+    const double expected = cost.of(plan);
+    if (expected > kNear * least) return;
+    if (plan.split) {
+      print_kernels(problem, plan, expected);
+    } else {
+      std::printf("  one kernel %.4f expected %.4f\n", time_plan(problem, plan), expected * 1e-3);
     }
-    plan.fused_outputs = false;
-    const KernelTimes alone = time_kernels(problem, plan);
-    plan.end_halves = alone.ends[0] < alone.ends[1] ? 1 : 2;
-    plan.output_halves = alone.outputs[0] < alone.outputs[1] ? 1 : 2;
-    const double apart = time_plan(problem, plan);
-    plan.fused_outputs = true;
-    const double fused = time_plan(problem, plan);
-    std::printf(
-        "%3d spans of %3d: matrices %.4f, T %.4f, ends %.4f %.4f, compose %.4f, outputs %.4f %.4f, "
-        "fused %.4f; best %d %d %.4f (%.4f), %d fused %.4f (%.4f)\n",
-        static_cast<int>(spans), static_cast<int>(plan.span_chunks), alone.matrices, alone.inverses,
-        alone.ends[0], alone.ends[1], alone.compose, alone.outputs[0], alone.outputs[1],
-        alone.fused, plan.end_halves, plan.output_halves, apart, expected(false) * 1e-3,
-        plan.end_halves, fused, expected(true) * 1e-3);
-  }
+  });
 }
 
 }  // namespace
@@ -184,8 +144,8 @@ int main(int argc, char** argv) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
-  if (argc > 1 && std::string(argv[1]) == "spans") {
-    for (const Shape& shape : published_shapes()) sweep_spans(shape);
+  if (argc > 1 && std::string(argv[1]) == "plans") {
+    for (const Shape& shape : published_shapes()) sweep_plans(shape);
     return 0;
   }
   std::vector<Measured> all;
@@ -193,7 +153,7 @@ int main(int argc, char** argv) {
   std::sort(all.begin(), all.end(),
             [](const Measured& a, const Measured& b) { return a.ratio() < b.ratio(); });
   std::printf("%-5s %-40s %9s %9s %7s %9s  %s\n", "H/HV", "sequences", "ms", "published", "ratio",
-              "expected", "chunks of a span; halves of V a block: ends, outputs");
+              "expected", "chunks of a span, of the first; or halves of V a block: ends, outputs");
   double logarithms = 0;
   for (const Measured& measured : all) {
     print(measured);

@@ -33,10 +33,11 @@ int64_t longest_sequence(const GatedDeltaRuleCase& c) {
 
 std::string describe(const ForwardPlan& plan) {
   if (!plan.split) return "one kernel";
-  return "spans of " + std::to_string(plan.span_chunks) + " chunks, halves " +
-         std::to_string(plan.end_halves) + " and " +
-         (plan.fused_outputs ? "fused" : std::to_string(plan.output_halves)) + ", matrices by " +
-         std::to_string(plan.matrix_chunks);
+  return "spans of " + std::to_string(plan.span_chunks) + " chunks, " +
+         (plan.fused_outputs ? "fused, the first longer by " + std::to_string(plan.lead_chunks)
+                             : "halves " + std::to_string(plan.end_halves) + " and " +
+                                   std::to_string(plan.output_halves)) +
+         ", matrices by " + std::to_string(plan.matrix_chunks);
 }
 
 /// By `plan` if one is given, else as the device and the shape ask for.
@@ -134,11 +135,14 @@ const std::vector<std::optional<ForwardPlan>> kEveryPlan = {
     ForwardPlan{.split = true, .span_chunks = 3, .end_halves = 2, .output_halves = 2},
     ForwardPlan{.split = true, .span_chunks = 100},
     ForwardPlan{.split = true, .span_chunks = 1, .fused_outputs = true},
+    ForwardPlan{.split = true, .span_chunks = 3, .fused_outputs = true, .matrix_chunks = 2},
+    ForwardPlan{.split = true, .span_chunks = 1, .fused_outputs = true, .lead_chunks = 3},
     ForwardPlan{.split = true,
-                .span_chunks = 3,
-                .end_halves = 1,
+                .span_chunks = 2,
                 .fused_outputs = true,
-                .matrix_chunks = 2},
+                .lead_chunks = 1,
+                .matrix_chunks = 1},
+    ForwardPlan{.split = true, .span_chunks = 100, .fused_outputs = true},
 };
 
 TEST(GatedDeltaRuleSm90, EveryPlanOneSequence) {
@@ -173,7 +177,8 @@ TEST(GatedDeltaRuleSm90, SegmentStatesOfSpans) {
   // Spans whose lengths divide a segment, or do not.
   const std::vector<std::optional<ForwardPlan>> plans = {
       ForwardPlan{.split = true, .span_chunks = 5}, ForwardPlan{.split = true, .span_chunks = 16},
-      ForwardPlan{.split = true, .span_chunks = 21, .end_halves = 1, .output_halves = 1}};
+      ForwardPlan{.split = true, .span_chunks = 21, .end_halves = 1, .output_halves = 1},
+      ForwardPlan{.split = true, .span_chunks = 5, .fused_outputs = true, .lead_chunks = 12}};
   auto c = hopper_case(1, 4400, 1, 1, 24);
   c.cu_seqlens = {0, 3300, 4400};
   expect_near_reference(c, 0, plans);
@@ -184,7 +189,7 @@ TEST(GatedDeltaRuleSm90, OtherSizes) {
       ForwardPlan{}, ForwardPlan{.split = true, .output_halves = 1},
       ForwardPlan{.split = true, .span_chunks = 2, .end_halves = 1, .output_halves = 2},
       ForwardPlan{.split = true, .span_chunks = 1, .end_halves = 2, .output_halves = 1},
-      ForwardPlan{.split = true, .span_chunks = 2, .fused_outputs = true}};
+      ForwardPlan{.split = true, .span_chunks = 1, .fused_outputs = true, .lead_chunks = 1}};
   const int64_t sizes[][2] = {{64, 64}, {96, 96}, {8, 8}, {128, 256}, {40, 136}, {128, 64}};
   for (const auto& [K, V] : sizes) {
     for (const bool v_first : {false, true}) {
@@ -236,7 +241,7 @@ TEST(GatedDeltaRuleSm90, SameBitsOnEveryRun) {
                                 ForwardPlan{.split = true, .span_chunks = 4});
   expect_same_bits_on_every_run(
       hopper_case(1, 2000, 2, 8, 9),
-      ForwardPlan{.split = true, .span_chunks = 4, .fused_outputs = true});
+      ForwardPlan{.split = true, .span_chunks = 4, .fused_outputs = true, .lead_chunks = 2});
 }
 
 TEST(GatedDeltaRuleSm90, SaysWhatItCannotServe) {

@@ -7,7 +7,7 @@
 namespace gdn::kernels::cuda::sm90 {
 
 struct ComposeArguments : ProblemArguments {
-  int span_tokens;
+  int span_tokens, lead_tokens;
   int v_rows;                // V or more, a multiple of kComposeColumns
   float* states;             // [spans, HV, v_rows, 128], V first
   const float* transitions;  // M^T, [spans, HV, 128, 128]
@@ -30,8 +30,8 @@ static __global__ void __launch_bounds__(kComposeThreads)
   const int first_column = blockIdx.x % blocks * kComposeColumns;
   const int value_head = blockIdx.x / blocks % p.HV;
   const int sequence = blockIdx.x / blocks / p.HV;
-  const int first = first_piece(p, p.span_tokens, sequence, threadIdx.x % 32, 1);
-  const int count = piece_count(p, sequence, p.span_tokens, 1);
+  const int first = first_piece(p, p.span_tokens, sequence, threadIdx.x % 32, 1, p.lead_tokens);
+  const int count = piece_count(p, sequence, p.span_tokens, 1, p.lead_tokens);
   const int k = threadIdx.x % kHeadDim;
   const int part = threadIdx.x / kHeadDim;
   const auto entry = [&](int span) { return int64_t{first + span} * p.HV + value_head; };
