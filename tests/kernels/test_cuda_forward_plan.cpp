@@ -11,6 +11,7 @@ namespace {
 using kernels::cuda::sm90::ForwardCost;
 using kernels::cuda::sm90::ForwardPlan;
 using kernels::cuda::sm90::plan_forward;
+using kernels::cuda::sm90::Queue;
 
 constexpr int kMultiprocessors = 132;
 
@@ -58,6 +59,39 @@ TEST(ForwardPlan, SpansThatFillTheDeviceMakeTheirOwnMatrices) {
   apart.fused_outputs = false;
   const ForwardCost cost(p, 32768, kMultiprocessors);
   EXPECT_LT(cost.of(plan), cost.of(apart));
+}
+
+TEST(ForwardPlan, FusedPlansCoverTheLongestSequence) {
+  const auto p = problem(32, 2, 32768);
+  const ForwardCost cost(p, 28672, kMultiprocessors);
+  for (const int64_t later : {2, 3, 4, 7}) {
+    int64_t first = 0;
+    for (const int64_t ends : {2, 3, 4}) {
+      const auto plan = cost.fused_plan(later, ends);
+      EXPECT_GE(plan.lead_chunks, 0);
+      EXPECT_GE(plan.lead_chunks + (later + 1) * plan.span_chunks, 448);
+      EXPECT_LT(plan.lead_chunks + later * plan.span_chunks, 448);
+      // The more ends are found beside them, the longer are first spans.
+      EXPECT_GT(plan.lead_chunks + plan.span_chunks, first);
+      first = plan.lead_chunks + plan.span_chunks;
+    }
+  }
+}
+
+TEST(ForwardPlan, TheFirstMultiprocessorThatIsFreeTakesTheNextBlock) {
+  Queue queue(2);
+  queue.add(1, 5);
+  EXPECT_EQ(queue.end(), 5);
+  queue.add(3, 2);
+  EXPECT_EQ(queue.end(), 6);
+  queue.add(1, 0.5);
+  EXPECT_EQ(queue.end(), 6);
+}
+
+TEST(ForwardPlan, MatricesMakeEvenRounds) {
+  const ForwardCost cost(problem(32, 1, 32768), 32768, kMultiprocessors);
+  EXPECT_EQ(cost.matrix_chunks(264, 12), 12);  // one block a place
+  EXPECT_EQ(cost.matrix_chunks(96, 103), 13);  // 768 blocks, 2.9 rounds; by 16 2.5 of 3
 }
 
 TEST(ForwardPlan, ShortSequencesAreNotCut) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -49,8 +48,8 @@ class Queue {
 };
 
 /// Expected time of plans, in microseconds, from measurements on one GPU (docs/hopper.md). A block
-/// needs so much for each chunk; a multiprocessor has one block at a time, or two of the matrices'
-/// kernel; and no kernel moves its bytes faster than memory does.
+/// needs so much to begin and for each chunk; a multiprocessor has one block at a time, or two of
+/// the matrices' kernel; and no kernel moves its bytes faster than memory does.
 class ForwardCost {
  public:
   /// Of the lengths only the sum and the largest are known to the host: the other sequences are
@@ -72,13 +71,13 @@ class ForwardCost {
     if (!plan.split) {
       return kFixed + std::max(memory(total_chunks(), in_out()),
                                time(sequences_ * heads_ * parts(2), total_chunks() * parts(2),
-                                    longest_, 1, kFused));
+                                    longest_, kFused));
     }
     return plan.fused_outputs ? fused(plan) : apart(plan);
   }
 
-  /// Spans after the first whose outputs make no more than two rounds of blocks: what more would gain
-  /// in evenness composing costs.
+  /// Spans after the first whose outputs make no more than two rounds of blocks: what more would
+  /// gain in evenness composing costs.
   int64_t most_later() const {
     return 2 * multiprocessors_ / std::max<int64_t>(1, sequences_ * heads_ * parts(2));
   }
@@ -86,9 +85,13 @@ class ForwardCost {
   /// A plan of spans with fused outputs: `later` spans after each sequence's first, which takes
   /// about as long as the ends of `ends` of them.
   ForwardPlan fused_plan(int64_t later, int64_t ends) const {
-    const double first = static_cast<double>(ends) * kEnd[1] / kFused;  // in spans
-    const auto span = static_cast<int64_t>(
-        std::ceil(static_cast<double>(longest_) / (static_cast<double>(later) + first)));
+    // (later + each) spans and `start` chunks make the longest sequence.
+    const double each = static_cast<double>(ends) * kEnd[1] / kFused;
+    const double start = static_cast<double>(ends - 1) * kStart / kFused;
+    const double even =
+        (static_cast<double>(longest_) - start) / (static_cast<double>(later) + each);
+    const int64_t span =
+        std::clamp<int64_t>(static_cast<int64_t>(even) + 1, 1, pieces(longest_, later + 1));
     ForwardPlan plan{.split = true, .span_chunks = span, .fused_outputs = true};
     plan.lead_chunks = std::max<int64_t>(0, longest_ - (later + 1) * span);
     plan.matrix_chunks = matrix_chunks(middle_spans(plan), span);
@@ -112,36 +115,35 @@ class ForwardCost {
   }
 
  private:
-  static constexpr double kFixed = 4;  // of a kernel
-  static constexpr double kFused = 2.65;
-  static constexpr double kMatrices = 3.2;
-  static constexpr double kInverses = 2.4;           // T alone
-  static constexpr double kEnd[2] = {0.92, 1.42};    // one half, two halves
-  static constexpr double kOutput[2] = {1.5, 2.15};  // the same
-  static constexpr double kCompose = 1.9;            // a span and round of blocks
-  static constexpr int64_t kMatrixStart = 1;         // of a block of matrices, in chunks
-  static constexpr double kTile = 16384 / 2.4e6;     // 64 tokens x 128 elements at 2.4 TB/s
+  static constexpr double kFixed = 2;                 // of a kernel
+  static constexpr double kStart = 7;                 // of a block, to begin
+  static constexpr double kFused = 2.7;               // of a chunk; so are those that follow
+  static constexpr double kEnd[2] = {0.75, 1.2};      // one half, two halves
+  static constexpr double kOutput[2] = {1.15, 1.68};  // the same
+  static constexpr double kMatrices = 2.8;
+  static constexpr double kInverses = 2.2;        // T alone
+  static constexpr int64_t kMatrixStart = 1;      // of a block of the two, in chunks
+  static constexpr double kCompose = 2;           // of a span and round of blocks
+  static constexpr double kTile = 16384 / 2.4e6;  // 64 tokens x 128 elements at 2.4 TB/s
 
   /// Four kernels: T and P; R and M; their composition; outputs.
   double apart(const ForwardPlan& plan) const {
     const int64_t span = plan.span_chunks > 0 ? plan.span_chunks : longest_;
     const int64_t total = total_chunks();
     double sum = 2 * kFixed + std::max(memory(total, 2 * key_tiles_ + 1),  // T and P are a tile
-                                       time((total + plan.matrix_chunks - 1) / plan.matrix_chunks,
-                                            total, plan.matrix_chunks, 2, kMatrices));
+                                       matrices(1, total, plan, kMatrices));
     if (plan.span_chunks > 0) {
       const int64_t spans = pieces(longest_, span);
       const int64_t blocks = heads_ * (end_blocks(spans, plan) +
                                        (sequences_ - 1) * end_blocks(pieces(other_, span), plan));
       sum += 2 * kFixed + compose(spans - 2) +
-             std::max(memory(total, key_tiles_ + value_tiles_ + 0.5),
-                      time(blocks, blocks * span, span, 1, kEnd[plan.end_halves - 1]));
+             time(blocks, blocks * span, span, kEnd[plan.end_halves - 1]);
     }
     const int64_t columns = parts(plan.output_halves);
     const int64_t blocks =
         heads_ * columns * (pieces(longest_, span) + (sequences_ - 1) * pieces(other_, span));
     return sum + std::max(memory(total, in_out() + 1),
-                          time(blocks, total * columns, std::min(span, longest_), 1,
+                          time(blocks, total * columns, std::min(span, longest_),
                                kOutput[plan.output_halves - 1]));
   }
 
@@ -154,14 +156,11 @@ class ForwardCost {
     const int64_t middle = middle_spans(plan);
     const int64_t inverses = middle * span;
     double sum = 4 * kFixed + compose(later(longest_, plan) - 1);
-    sum += std::max(
-        memory(inverses, key_tiles_ + 0.5),
-        kInverses * static_cast<double>(matrix_rounds(middle, span, plan.matrix_chunks) *
-                                        (plan.matrix_chunks + kMatrixStart)));
+    sum += std::max(memory(inverses, key_tiles_ + 0.5), matrices(middle, span, plan, kInverses));
     Queue queue(multiprocessors_);
-    queue.add(heads_ * parts(2), kFused * static_cast<double>(std::min(first, longest_)));
-    queue.add(heads_ * others * parts(2), kFused * static_cast<double>(std::min(first, other_)));
-    queue.add(middle * (parts(2) + 1), kEnd[1] * static_cast<double>(span));
+    queue.add(heads_ * parts(2), block(std::min(first, longest_), kFused));
+    queue.add(heads_ * others * parts(2), block(std::min(first, other_), kFused));
+    queue.add(middle * (parts(2) + 1), block(span, kEnd[1]));
     const int64_t known =
         heads_ * (std::min(first, longest_) + others * std::min(first, other_));
     sum += std::max(memory(known, in_out()) + memory(inverses, key_tiles_ + value_tiles_ + 0.5),
@@ -169,7 +168,7 @@ class ForwardCost {
     const int64_t rest = total_chunks() - known;
     const int64_t blocks = heads_ * (later(longest_, plan) + others * later(other_, plan));
     return sum + std::max(memory(rest, in_out()),
-                          time(blocks * parts(2), rest * parts(2), span, 1, kFused));
+                          time(blocks * parts(2), rest * parts(2), span, kFused));
   }
 
   double in_out() const { return 2 * key_tiles_ + 2 * value_tiles_; }  // tiles: Q, K; V, O
@@ -214,14 +213,21 @@ class ForwardCost {
            std::max<int64_t>(0, spans - 2) * (2 / plan.end_halves);
   }
 
-  /// Blocks of `chunks` chunks together, the longest of `most`, `resident` at a time on each
-  /// multiprocessor.
-  double time(int64_t blocks, int64_t chunks, int64_t most, int resident, double each) const {
+  double matrices(int64_t stretches, int64_t chunks, const ForwardPlan& plan, double each) const {
+    const int64_t rounds = matrix_rounds(stretches, chunks, plan.matrix_chunks);
+    return each * static_cast<double>(rounds * (plan.matrix_chunks + kMatrixStart));
+  }
+
+  static double block(int64_t chunks, double each) {
+    return kStart + each * static_cast<double>(chunks);
+  }
+
+  /// Blocks of `chunks` chunks together, the longest of `most`.
+  double time(int64_t blocks, int64_t chunks, int64_t most, double each) const {
     if (blocks == 0) return 0;
-    const int64_t places = int64_t{multiprocessors_} * resident;
-    const int64_t waves = (blocks + places - 1) / places;
+    const int64_t rounds = (blocks + multiprocessors_ - 1) / multiprocessors_;
     const double mean = static_cast<double>(chunks) / static_cast<double>(blocks);
-    return each * std::max(static_cast<double>(most), static_cast<double>(waves) * mean);
+    return std::max(block(most, each), static_cast<double>(rounds) * (kStart + each * mean));
   }
 
   int64_t sequences_, heads_, halves_, multiprocessors_;

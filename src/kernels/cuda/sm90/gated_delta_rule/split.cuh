@@ -7,9 +7,9 @@
 //   outputs   every span from its S: O, final and segment states
 //
 // Outputs of spans may also be made by blocks of the one kernel's kind (forward.cuh), which make T
-// and P themselves. Those of a sequence's first span, whose start is known, then belong to the first
-// pass, and the span may be longer than the others; `matrices` makes T alone, of the spans in the
-// middle, whose R and M are the rest of that pass.
+// and P themselves. Those of a sequence's first span, whose start is known, then belong to the
+// first pass, and the span may be longer than the others; `matrices` makes T alone, of the spans in
+// the middle, whose R and M are the rest of that pass.
 //
 // S at a span's end is an affine function of S at its start, R + M S: R is the scan from S = 0 and
 // column j of M that from the j-th unit vector without V. Nothing is truncated. V's columns do not
@@ -218,13 +218,19 @@ __device__ inline void narrow_to_span(const SplitArguments& p, Work& work, int i
   work.narrow(begin, p.span_begin(index + 1) - begin);
 }
 
+template <typename Float = float>
+__device__ inline StateView<Float> span_end_view(const SplitArguments& p, int index,
+                                                 int value_head) {
+  return {p.span_end(index, value_head), true, kHeadDim, p.v_rows};
+}
+
 /// Where the outputs' scan of a span, number `index` of all, begins and ends.
 __device__ inline StateEnds output_ends(const SplitArguments& p, const Work& work,
                                         const Piece& piece, int index) {
   StateEnds ends = problem_ends(p, work);
   ends.first_chunk = static_cast<int>(p.span_begin(piece.index) / kChunk);
   if (piece.index > 0) {
-    ends.from = {p.span_end(index - 1, work.value_head), true, kHeadDim, p.v_rows};
+    ends.from = span_end_view<const float>(p, index - 1, work.value_head);
   }
   if (piece.index + 1 < p.span_count(piece.sequence)) ends.to = {};
   return ends;
@@ -239,7 +245,7 @@ __device__ inline StateEnds middle_ends(const SplitArguments& p, int value_head,
     const int64_t entry = int64_t{index} * p.HV + value_head;
     ends.to = {p.transitions + entry * kStateSize, true};
   } else {
-    ends.to = {p.span_end(index, value_head), true, kHeadDim, p.v_rows};
+    ends.to = span_end_view(p, index, value_head);
   }
   return ends;
 }
@@ -284,8 +290,8 @@ __device__ __forceinline__ void run_end_roles(const SplitArguments& p, const Wor
 }
 
 /// The first pass where outputs are fused: one block a sequence, value head and 128 of V's columns
-/// for the outputs of the first span, then one a span in the middle, value head and 128 columns of R
-/// or of M.
+/// for the outputs of the first span, then one a span in the middle, value head and 128 columns of
+/// R or of M.
 template <typename Element, typename Needs>
 __global__ void __launch_bounds__(kThreads, 1)
     gated_delta_rule_first_pass_kernel(const __grid_constant__ SplitArguments p) {
@@ -300,7 +306,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     initialise(shared, p);
     const Piece piece = {block / slices / p.HV, 0};
     Work work(p, piece.sequence, block / slices % p.HV);
-    const StateEnds ends = output_ends(p, work, piece, 0);
+    const int index = p.first_span(piece.sequence, lane);
+    StateEnds ends = output_ends(p, work, piece, index);
+    if (p.span_count(piece.sequence) > 1) ends.to = span_end_view(p, index, work.value_head);
     narrow_to_span(p, work, 0);
     run_roles<Element, Needs>(p, work, ends, shared, block % slices * 2);
   } else {
