@@ -251,6 +251,7 @@ struct Bench {
     p.beta = beta.data();
     p.initial_state = initial.data();
     p.parallel_for = pool_for;
+    p.threads = o.threads;
     return p;
   }
   GatedDeltaRuleForward forward(int64_t tokens) const {
@@ -283,8 +284,8 @@ double chunked_operations(const Options& o, bool backward) {
   const double tokens = static_cast<double>(o.tokens) * static_cast<double>(o.value_heads);
   const double scores = C * K / group;  // K K^T or Q K^T
   if (!backward) return tokens * (2 * scores + 6 * K * V + 2 * C * V);
-  const double replay = scores + 4 * K * V + C * V;
-  return tokens * (replay + 2 * scores + 14 * K * V + C * (4 * V + 4 * K));
+  const double replay = 4 * K * V + C * V;
+  return tokens * (replay + 2 * scores + 12 * K * V + 4 * C * V + 4 * scores);
 }
 
 void print_pass(const char* pass, const Options& o, DType dtype, const Time& time, double operations,

@@ -34,6 +34,7 @@ struct GatedDeltaRuleProblem {
   const void* beta = nullptr;           // [B, T, HV] contiguous; fp32 (f64: double)
   const void* initial_state = nullptr;  // [N, HV, K, V] contiguous fp32 (f64: double); null: zeros
   ParallelFor parallel_for = serial_for;
+  int64_t threads = 1;  // that parallel_for may use: how work is cut, no result depends on it
 };
 
 /// Number of segments of all sequences together, and the index of each sequence's first one:

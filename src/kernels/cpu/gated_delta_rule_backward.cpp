@@ -19,7 +19,8 @@
 // Summed like this nothing cancels, however strong the decay.
 //
 // The states are replayed a segment at a time from those that the forward kept. Work is spread over
-// (sequence, key head): the value heads of a group add up dQ and dK in a fixed order.
+// (sequence, key head): the value heads of a group share the scores, and add up dQ, dK and the
+// gradients of the scores in a fixed order.
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
@@ -34,33 +35,53 @@
 HWY_BEFORE_NAMESPACE();
 namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
+/// What all value heads of a key head share in one chunk, and sum up there.
+struct SharedTiles {
+  Tile kk, qk;      // [C, C], lower triangles
+  Tile d_kk, d_qk;  // [C, C], sums of dG and dP over the value heads
+  Tile d_q, d_k;    // [C, K], sums over the value heads
+  static int64_t floats(int64_t C, int64_t K) {
+    return 4 * Workspace::tile_floats(C, C) + 2 * Workspace::tile_floats(C, K);
+  }
+  SharedTiles(Workspace& w, int64_t C, int64_t K)
+      : kk(w.tile(C, C)),
+        qk(w.tile(C, C)),
+        d_kk(w.tile(C, C)),
+        d_qk(w.tile(C, C)),
+        d_q(w.tile(C, K)),
+        d_k(w.tile(C, K)) {}
+};
+
 /// Buffers for one key head at a time.
 struct BackwardWorkspace {
   Workspace memory;
   StateTiles tiles;
   Tile q;                            // [C, K]
-  Tile P, d_P, d_G, X;               // [C, C]
+  Tile kT;                           // [K, C]
+  Tile decay, P, d_P, d_G, X;        // [C, C]
   Tile d_o;                          // [C, V]
   Tile d_u, d_v;                     // [C, V]
   Tile uT;                           // [V, C]
   Tile ST, d_ST;                     // [V, K]
   Tile d_q, d_k_reader, d_k_writer;  // [C, K]
-  Tile d_q_sum, d_k_sum;             // [segment, K], over the value heads of the group
   std::vector<Tile> d_S;             // [K, V], a value head each
   std::vector<Tile> S;               // [K, V], the states at the chunks' starts
   std::vector<Tile> u_hat;           // [C, V], a chunk each
+  std::vector<SharedTiles> shared;   // a chunk each
   ChunkGates gates;
 
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + 4 * tile(C, C) + 3 * tile(C, V) +
-           tile(V, C) + 2 * tile(V, K) + 2 * tile(chunks * C, K) + group * tile(K, V) +
-           chunks * tile(K, V) + chunks * tile(C, V);
+    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
+           3 * tile(C, V) + tile(V, C) + 2 * tile(V, K) + group * tile(K, V) +
+           chunks * (tile(K, V) + tile(C, V) + SharedTiles::floats(C, K));
   }
   BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
       : memory(floats(C, K, V, group, chunks)),
         tiles(memory, C, K, V),
         q(memory.tile(C, K)),
+        kT(memory.tile(K, C)),
+        decay(memory.tile(C, C)),
         P(memory.tile(C, C)),
         d_P(memory.tile(C, C)),
         d_G(memory.tile(C, C)),
@@ -73,12 +94,13 @@ struct BackwardWorkspace {
         d_ST(memory.tile(V, K)),
         d_q(memory.tile(C, K)),
         d_k_reader(memory.tile(C, K)),
-        d_k_writer(memory.tile(C, K)),
-        d_q_sum(memory.tile(chunks * C, K)),
-        d_k_sum(memory.tile(chunks * C, K)) {
+        d_k_writer(memory.tile(C, K)) {
     for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
-    for (int64_t i = 0; i < chunks; ++i) S.push_back(memory.tile(K, V));
-    for (int64_t i = 0; i < chunks; ++i) u_hat.push_back(memory.tile(C, V));
+    for (int64_t i = 0; i < chunks; ++i) {
+      S.push_back(memory.tile(K, V));
+      u_hat.push_back(memory.tile(C, V));
+      shared.emplace_back(memory, C, K);
+    }
   }
 };
 
@@ -87,26 +109,38 @@ struct Chunk {
   int64_t b, t, tokens, rows;
 };
 
-void load_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, BackwardWorkspace& w) {
-  HWY_ALIGN float rstd[kMaxChunk];
-  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
-  load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
-             c.tokens, c.rows, w.gates);
-  load_tokens(p.k, p.dtype, c.b, c.t, h / (p.HV / p.H), c.tokens, c.rows, p.K, w.tiles.k);
-  if (p.qk_l2norm) l2_normalize(w.tiles.k, c.rows, p.K, rstd);
-  key_products(w.tiles, w.gates, c.rows, p.K);
-}
-
 void copy_rows(const Tile& from, int64_t rows, int64_t columns, const Tile& to) {
   for (int64_t i = 0; i < rows; ++i) scale_row(1.0F, from.row(i), 0.0F, to.row(i), padded(columns));
+}
+
+void clear_rows(const Tile& tile, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memset(tile.row(i), 0, static_cast<size_t>(padded(columns)) * sizeof(float));
+  }
+}
+
+/// q or k of one chunk, normalised where the problem asks for it.
+void load_keys(const GatedDeltaRuleBackward& p, const ConstView4& view, const Chunk& c,
+               int64_t key_head, const Tile& to, float* rstd) {
+  load_tokens(view, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, to);
+  if (p.qk_l2norm) l2_normalize(to, c.rows, p.K, rstd);
+}
+
+void load_chunk_gates(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, ChunkGates& gates) {
+  const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
+  load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
+             c.tokens, c.rows, static_cast<float>(p.scale), gates);
 }
 
 /// Fills w.S and w.u_hat for the segment's chunks; w.S[0] holds the state at the segment's start.
 void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, int64_t h,
             BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
   for (size_t i = 0; i < chunks.size(); ++i) {
     const Chunk& c = chunks[i];
-    load_chunk(p, c, h, w);
+    load_chunk_gates(p, c, h, w.gates);
+    load_keys(p, p.k, c, h / (p.HV / p.H), w.tiles.k, rstd);
+    decay_scores(w.gates, c.rows, 1.0F, w.shared[i].kk, {}, w.tiles.G, {}, {});
     load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.tiles.v);
     solve_chunk(w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
     copy_rows(w.tiles.v, c.rows, p.V, w.u_hat[i]);
@@ -116,17 +150,32 @@ void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, i
   }
 }
 
-/// X = (dO U^T) o P - (dV U^T) o G below the diagonal, 0 elsewhere.
-void pair_products(const Tile& P, const Tile& G, const Tile& d_o_u, const Tile& d_v_u, int64_t rows,
-                   const Tile& X) {
+/// From d_P = dO U^T and d_G = dV U^T, lower triangles, in one pass:
+/// X = d_P o P - d_G o G below the diagonal, 0 elsewhere; sum_P += scale d_P o D on the lower
+/// triangle; sum_G -= d_G o D below the diagonal.
+void score_gradients(const BackwardWorkspace& w, int64_t rows, float scale, const Tile& sum_P,
+                     const Tile& sum_G) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto factor = hn::Set(d, scale);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < rows; j += lanes) {
-      const auto read = hn::Mul(hn::Load(d, d_o_u.row(i) + j), hn::Load(d, P.row(i) + j));
-      const auto x = hn::NegMulAdd(hn::Load(d, d_v_u.row(i) + j), hn::Load(d, G.row(i) + j), read);
-      const int64_t below = std::clamp<int64_t>(i - j, 0, lanes);
-      hn::Store(hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(below)), x), d, X.row(i) + j);
+      if (j > i) {
+        hn::Store(hn::Zero(d), d, w.X.row(i) + j);
+        continue;
+      }
+      // Above the diagonal the products may be undefined: masked, never multiplied by zero.
+      const auto lower = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i + 1 - j)));
+      const auto below = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i - j)));
+      const auto d_P = hn::IfThenElseZero(lower, hn::Load(d, w.d_P.row(i) + j));
+      const auto d_G = hn::IfThenElseZero(below, hn::Load(d, w.d_G.row(i) + j));
+      const auto D = hn::Load(d, w.decay.row(i) + j);
+      const auto read = hn::IfThenElseZero(below, hn::Mul(d_P, hn::Load(d, w.P.row(i) + j)));
+      hn::Store(hn::NegMulAdd(d_G, hn::Load(d, w.tiles.G.row(i) + j), read), d, w.X.row(i) + j);
+      float* p = sum_P.row(i) + j;
+      float* g = sum_G.row(i) + j;
+      hn::Store(hn::MulAdd(hn::Mul(factor, d_P), D, hn::Load(d, p)), d, p);
+      hn::Store(hn::NegMulAdd(d_G, D, hn::Load(d, g)), d, g);
     }
   }
 }
@@ -177,20 +226,35 @@ void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64
   }
 }
 
-/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start; dQ and dK
-/// are added to rows [row, row + tokens) of the segment's sums.
+/// sum += x; returns x . y. n is a multiple of kTileAlign.
+HWY_INLINE float add_and_dot(const float* HWY_RESTRICT x, const float* HWY_RESTRICT y, int64_t n,
+                             float* HWY_RESTRICT sum) {
+  const F32 d;
+  auto product = hn::Zero(d);
+  for (int64_t j = 0; j < n; j += static_cast<int64_t>(hn::Lanes(d))) {
+    const auto value = hn::Load(d, x + j);
+    product = hn::MulAdd(value, hn::Load(d, y + j), product);
+    hn::Store(hn::Add(value, hn::Load(d, sum + j)), d, sum + j);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, product));
+}
+
+/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start. Adds to the
+/// sums in `shared`.
 void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
-                   const Tile& u_hat, const Tile& d_S, int64_t row, BackwardWorkspace& w) {
+                   const Tile& u_hat, const Tile& d_S, const SharedTiles& shared,
+                   BackwardWorkspace& w) {
   HWY_ALIGN float rstd[kMaxChunk];
   const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
+  const int64_t key_head = h / (p.HV / p.H);
+  const auto scale = static_cast<float>(p.scale);
   const StateTiles& t = w.tiles;
   const ChunkGates& gates = w.gates;
-  load_chunk(p, c, h, w);
-  load_tokens(p.q, p.dtype, c.b, c.t, h / (p.HV / p.H), c.tokens, rows, K, w.q);
-  if (p.qk_l2norm) l2_normalize(w.q, rows, K, rstd);
+  load_chunk_gates(p, c, h, w.gates);
+  load_keys(p, p.k, c, key_head, t.k, rstd);
+  load_keys(p, p.q, c, key_head, w.q, rstd);
   load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, rows, V, w.d_o);
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(w.q), t.kT, w.P);
-  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.P);
+  decay_scores(gates, rows, scale, shared.kk, shared.qk, t.G, w.P, w.decay);
   for (int64_t i = 0; i < rows; ++i) {
     scale_row(gates.beta[i], u_hat.row(i), 0.0F, t.u.row(i), Vp);
   }
@@ -199,10 +263,7 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
   transpose(Kp, Vp, d_S, w.d_ST);
 
   // dU, then Z in its place, and dV.
-  matmul<Into::set>(rows, Vp, K, plain(t.k), d_S, w.d_u);
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.to_end[i], w.d_u.row(i), 0.0F, w.d_u.row(i), Vp);
-  }
+  matmul<Into::set>(rows, Vp, K, plain(t.k), d_S, w.d_u, {gates.to_end});
   matmul<Into::add, Skip::a_below_diagonal>(rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
   solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
   store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
@@ -211,63 +272,69 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
   StateProducts products = {};
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
   matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
-  pair_products(w.P, t.G, w.d_P, w.d_G, rows, w.X);
+  score_gradients(w, rows, scale, shared.d_qk, shared.d_kk);
   crossing_sums(w.X, rows, products.crossing);
-  mask_with_decay(t.decay, rows, p.scale, /*strict=*/false, w.d_P);
-  mask_with_decay(t.decay, rows, -1.0F, /*strict=*/true, w.d_G);
 
-  // dQ and both parts of dK: first the products with the states, then those within the chunk.
-  matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q);
-  matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader);
-  matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer);
+  // dQ and both parts of dK, without the products within the chunk.
+  matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q, {gates.read});
+  matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader, {gates.minus_from_start});
+  matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer, {gates.to_end});
   for (int64_t i = 0; i < rows; ++i) {
-    scale_row(p.scale * gates.from_start[i], w.d_q.row(i), 0.0F, w.d_q.row(i), Kp);
-    scale_row(-gates.from_start[i], w.d_k_reader.row(i), 0.0F, w.d_k_reader.row(i), Kp);
-    scale_row(gates.to_end[i], w.d_k_writer.row(i), 0.0F, w.d_k_writer.row(i), Kp);
-    products.read[i] = dot(w.q.row(i), w.d_q.row(i), Kp) + dot(t.k.row(i), w.d_k_reader.row(i), Kp);
-    products.written[i] = dot(t.k.row(i), w.d_k_writer.row(i), Kp);
+    products.read[i] = add_and_dot(w.d_q.row(i), w.q.row(i), Kp, shared.d_q.row(i)) +
+                       add_and_dot(w.d_k_reader.row(i), t.k.row(i), Kp, shared.d_k.row(i));
+    products.written[i] = add_and_dot(w.d_k_writer.row(i), t.k.row(i), Kp, shared.d_k.row(i));
   }
   products.through = 0.0;
   for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), S.row(i), Vp);
   products.through *= gates.whole;
   store_gate_gradients(p, c, h, u_hat, products, w);
 
-  const Tile d_q = {w.d_q_sum.row(row), w.d_q_sum.stride};
-  const Tile d_k = {w.d_k_sum.row(row), w.d_k_sum.stride};
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(1.0F, w.d_q.row(i), 1.0F, d_q.row(i), Kp);
-    scale_row(1.0F, w.d_k_reader.row(i), 1.0F, d_k.row(i), Kp);
-    scale_row(1.0F, w.d_k_writer.row(i), 1.0F, d_k.row(i), Kp);
-  }
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_P), t.k, d_q);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(w.d_G), t.k, d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_P), w.q, d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(w.d_G), t.k, d_k);
-
   // dS; q and k are not needed again.
   for (int64_t i = 0; i < rows; ++i) {
-    scale_row(p.scale * gates.from_start[i], w.q.row(i), 0.0F, w.q.row(i), Kp);
-    scale_row(gates.from_start[i], t.k.row(i), 0.0F, t.k.row(i), Kp);
+    scale_row(gates.read[i], w.q.row(i), 0.0F, w.q.row(i), Kp);
+    scale_row(gates.minus_from_start[i], t.k.row(i), 0.0F, t.k.row(i), Kp);
   }
-  matmul<Into::add>(Kp, Vp, rows, transposed(w.q), w.d_o, d_S, gates.whole);
-  matmul<Into::subtract>(Kp, Vp, rows, transposed(t.k), w.d_v, d_S);
+  matmul<Into::add>(Kp, Vp, rows, transposed(w.q), w.d_o, d_S, {.keep = gates.whole});
+  matmul<Into::add>(Kp, Vp, rows, transposed(t.k), w.d_v, d_S);
 }
 
 /// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
-/// y = x r with r = (sum(x^2) + eps)^-1/2, dx = r (dy - y (y . dy)).
-void store_key_gradient(const GatedDeltaRuleBackward& p, const ConstView4& input,
-                        const MutableView4& output, const Chunk& c, int64_t key_head,
-                        const Tile& gradient, const Tile& scratch) {
-  if (p.qk_l2norm) {
-    HWY_ALIGN float rstd[kMaxChunk];
-    load_tokens(input, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, scratch);
-    l2_normalize(scratch, c.tokens, p.K, rstd);
-    for (int64_t i = 0; i < c.tokens; ++i) {
-      const float along = dot(scratch.row(i), gradient.row(i), padded(p.K));
-      scale_row(-rstd[i] * along, scratch.row(i), rstd[i], gradient.row(i), padded(p.K));
-    }
+/// y = x r with r = (sum(x^2) + eps)^-1/2, dx = r (dy - y (y . dy)). x holds y.
+void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& output, const Chunk& c,
+                        int64_t key_head, const Tile& gradient, const Tile& x, const float* rstd) {
+  for (int64_t i = 0; p.qk_l2norm && i < c.tokens; ++i) {
+    const float along = dot(x.row(i), gradient.row(i), padded(p.K));
+    scale_row(-rstd[i] * along, x.row(i), rstd[i], gradient.row(i), padded(p.K));
   }
   store_tokens(output, p.dtype, c.b, c.t, key_head, c.tokens, p.K, gradient);
+}
+
+/// The scores of one chunk, and zeros in its sums.
+void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
+                     const SharedTiles& shared, BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
+  load_keys(p, p.k, c, key_head, w.tiles.k, rstd);
+  load_keys(p, p.q, c, key_head, w.q, rstd);
+  score_products(w.tiles.k, w.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
+  for (const Tile& sum : {shared.d_kk, shared.d_qk}) clear_rows(sum, c.rows, c.rows);
+  for (const Tile& sum : {shared.d_q, shared.d_k}) clear_rows(sum, c.rows, p.K);
+}
+
+/// dQ and dK of one chunk, from what its value heads summed up.
+void finish_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
+                      const SharedTiles& shared, BackwardWorkspace& w) {
+  HWY_ALIGN float q_rstd[kMaxChunk], k_rstd[kMaxChunk];
+  const int64_t rows = c.rows, Kp = padded(p.K);
+  const Tile& k = w.tiles.k;
+  load_keys(p, p.k, c, key_head, k, k_rstd);
+  load_keys(p, p.q, c, key_head, w.q, q_rstd);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_qk), k, shared.d_q);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_kk), k, shared.d_k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_qk), w.q,
+                                            shared.d_k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_kk), k, shared.d_k);
+  store_key_gradient(p, p.d_q, c, key_head, shared.d_q, w.q, q_rstd);
+  store_key_gradient(p, p.d_k, c, key_head, shared.d_k, k, k_rstd);
 }
 
 /// The chunks of one segment: `tokens` tokens from the token t of batch row b.
@@ -296,9 +363,8 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
     const int64_t done = segment * kSegmentTokens;
     const auto chunks = chunks_of(seq.b, seq.first_token + done,
                                   std::min(kSegmentTokens, seq.tokens - done), p.chunk_size);
-    for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()) * p.chunk_size; ++i) {
-      std::memset(w.d_q_sum.row(i), 0, static_cast<size_t>(padded(p.K)) * sizeof(float));
-      std::memset(w.d_k_sum.row(i), 0, static_cast<size_t>(padded(p.K)) * sizeof(float));
+    for (size_t c = 0; c < chunks.size(); ++c) {
+      begin_key_chunk(p, chunks[c], key_head, w.shared[c], w);
     }
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = key_head * group + i;
@@ -306,16 +372,11 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
       load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, w.S[0]);
       replay(p, chunks, h, w);
       for (size_t c = chunks.size(); c-- > 0;) {
-        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i],
-                      static_cast<int64_t>(c) * p.chunk_size, w);
+        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i], w.shared[c], w);
       }
     }
     for (size_t c = 0; c < chunks.size(); ++c) {
-      const int64_t row = static_cast<int64_t>(c) * p.chunk_size;
-      store_key_gradient(p, p.q, p.d_q, chunks[c], key_head, {w.d_q_sum.row(row), w.d_q_sum.stride},
-                         w.q);
-      store_key_gradient(p, p.k, p.d_k, chunks[c], key_head, {w.d_k_sum.row(row), w.d_k_sum.stride},
-                         w.q);
+      finish_key_chunk(p, chunks[c], key_head, w.shared[c], w);
     }
   }
 

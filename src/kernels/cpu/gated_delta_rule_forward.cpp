@@ -6,12 +6,15 @@
 //   U
 //
 // The triangular system is solved, not inverted: by blocks of rows, so that nearly all of its
-// arithmetic is in the matrix micro-kernel. Work is spread over (sequence, value head).
+// arithmetic is in the matrix micro-kernel. Work is spread over sequences and groups of value heads
+// that share a key head's scores.
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/kernels/cpu/gated_delta_rule_forward.cpp"
+#include <vector>
+
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 
 #include <gdn/kernels/cpu/gated_delta_rule_tiles-inl.h>
@@ -19,85 +22,101 @@
 HWY_BEFORE_NAMESPACE();
 namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
-/// Buffers for one value head at a time.
+/// Buffers of one task: some value heads of one key head.
 struct ForwardWorkspace {
   Workspace memory;
-  StateTiles state_tiles;
-  Tile q;  // [C, K]
-  Tile P;  // [C, C]
-  Tile o;  // [C, V]
-  Tile S;  // [K, V]
+  StateTiles tiles;
+  Tile kT;              // [K, C]
+  Tile q;               // [C, K]
+  Tile kk, qk;          // [C, C]
+  Tile P;               // [C, C]
+  Tile o;               // [C, V]
+  std::vector<Tile> S;  // [K, V], a value head each
   ChunkGates gates;
 
-  ForwardWorkspace(int64_t C, int64_t K, int64_t V)
-      : memory(StateTiles::floats(C, K, V) + Workspace::tile_floats(C, K) +
-               Workspace::tile_floats(C, C) + Workspace::tile_floats(C, V) +
-               Workspace::tile_floats(K, V)),
-        state_tiles(memory, C, K, V),
+  static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t heads) {
+    const auto tile = &Workspace::tile_floats;
+    return StateTiles::floats(C, K, V) + tile(K, C) + tile(C, K) + 3 * tile(C, C) + tile(C, V) +
+           heads * tile(K, V);
+  }
+  ForwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t heads)
+      : memory(floats(C, K, V, heads)),
+        tiles(memory, C, K, V),
+        kT(memory.tile(K, C)),
         q(memory.tile(C, K)),
+        kk(memory.tile(C, C)),
+        qk(memory.tile(C, C)),
         P(memory.tile(C, C)),
-        o(memory.tile(C, V)),
-        S(memory.tile(K, V)) {}
+        o(memory.tile(C, V)) {
+    for (int64_t i = 0; i < heads; ++i) S.push_back(memory.tile(K, V));
+  }
 };
 
-/// O of one chunk, from U in state_tiles.u and the state at the chunk's start.
-void output(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t t, int64_t h,
-            int64_t tokens, int64_t rows, ForwardWorkspace& w) {
-  const StateTiles& tiles = w.state_tiles;
-  HWY_ALIGN float rstd[kMaxChunk];
-  load_tokens(p.q, p.dtype, seq.b, t, h / (p.HV / p.H), tokens, rows, p.K, w.q);
-  if (p.qk_l2norm) l2_normalize(w.q, rows, p.K, rstd);
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, p.K, plain(w.q), tiles.kT, w.P);
-  mask_with_decay(tiles.decay, rows, p.scale, /*strict=*/false, w.P);
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(p.scale * w.gates.from_start[i], w.q.row(i), 0.0F, w.q.row(i), padded(p.K));
+/// One chunk of value head h, whose state is S; the key head's tiles are loaded.
+void forward_chunk(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t t, int64_t tokens,
+                   int64_t h, const Tile& S, ForwardWorkspace& w) {
+  const int64_t rows = padded(tokens), gate = (seq.b * p.T + t) * p.HV + h;
+  const auto scale = static_cast<float>(p.scale);
+  const bool output = p.o.data != nullptr;
+  load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
+             tokens, rows, scale, w.gates);
+  load_tokens(p.v, p.dtype, seq.b, t, h, tokens, rows, p.V, w.tiles.v);
+  decay_scores(w.gates, rows, scale, w.kk, w.qk, w.tiles.G, output ? w.P : Tile{}, {});
+  solve_chunk(w.tiles, w.gates, S, rows, p.K, p.V);
+  if (output) {
+    matmul<Into::set>(rows, padded(p.V), p.K, plain(w.q), S, w.o, {w.gates.read});
+    matmul<Into::add, Skip::a_above_diagonal>(rows, padded(p.V), rows, plain(w.P), w.tiles.u, w.o);
+    store_tokens(p.o, p.dtype, seq.b, t, h, tokens, p.V, w.o);
   }
-  matmul<Into::set>(rows, padded(p.V), p.K, plain(w.q), w.S, w.o);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, padded(p.V), rows, plain(w.P), tiles.u, w.o);
-  store_tokens(p.o, p.dtype, seq.b, t, h, tokens, p.V, w.o);
+  update_state(w.tiles, w.gates, S, rows, p.K, p.V);
 }
 
-void forward_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, ForwardWorkspace& w) {
+/// Value heads [first_head, first_head + w.S.size()) of sequence n, all of one key head.
+void forward_heads(const GatedDeltaRuleForward& p, int64_t n, int64_t first_head,
+                   ForwardWorkspace& w) {
   const Sequence seq = sequence(p, n);
-  const StateTiles& tiles = w.state_tiles;
-  const int64_t state_offset = (n * p.HV + h) * p.K * p.V;
+  const int64_t key_head = first_head / (p.HV / p.H), state_size = p.K * p.V;
+  const int64_t first_state = (n * p.HV + first_head) * state_size;
   const auto* initial = static_cast<const float*>(p.initial_state);
-  load_state(initial == nullptr ? nullptr : initial + state_offset, p.K, p.V, p.state_v_first, w.S);
-
-  float* segment_state = nullptr;
-  if (p.segment_states != nullptr) {
-    segment_state = p.segment_states + (first_segment(p, n) * p.HV + h) * p.K * p.V;
+  const auto heads = static_cast<int64_t>(w.S.size());
+  for (int64_t i = 0; i < heads; ++i) {
+    load_state(initial == nullptr ? nullptr : initial + first_state + i * state_size, p.K, p.V,
+               p.state_v_first, w.S[i]);
   }
   HWY_ALIGN float rstd[kMaxChunk];
   for (int64_t done = 0; done < seq.tokens; done += p.chunk_size) {
     const int64_t t = seq.first_token + done;
-    const int64_t tokens = std::min(p.chunk_size, seq.tokens - done);
-    const int64_t rows = padded(tokens);
-    if (segment_state != nullptr && done % kSegmentTokens == 0) {
-      store_state(w.S, p.K, p.V, /*v_first=*/false, segment_state);
-      segment_state += p.HV * p.K * p.V;
+    const int64_t tokens = std::min(p.chunk_size, seq.tokens - done), rows = padded(tokens);
+    const bool output = p.o.data != nullptr;
+    load_tokens(p.k, p.dtype, seq.b, t, key_head, tokens, rows, p.K, w.tiles.k);
+    if (p.qk_l2norm) l2_normalize(w.tiles.k, rows, p.K, rstd);
+    if (output) {
+      load_tokens(p.q, p.dtype, seq.b, t, key_head, tokens, rows, p.K, w.q);
+      if (p.qk_l2norm) l2_normalize(w.q, rows, p.K, rstd);
     }
-    const int64_t gate = (seq.b * p.T + t) * p.HV + h;
-    load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate,
-               p.HV, tokens, rows, w.gates);
-    load_tokens(p.k, p.dtype, seq.b, t, h / (p.HV / p.H), tokens, rows, p.K, tiles.k);
-    if (p.qk_l2norm) l2_normalize(tiles.k, rows, p.K, rstd);
-    load_tokens(p.v, p.dtype, seq.b, t, h, tokens, rows, p.V, tiles.v);
-
-    key_products(tiles, w.gates, rows, p.K);
-    solve_chunk(tiles, w.gates, w.S, rows, p.K, p.V);
-    if (p.o.data != nullptr) output(p, seq, t, h, tokens, rows, w);
-    update_state(tiles, w.gates, w.S, rows, p.K, p.V);
+    score_products(w.tiles.k, output ? w.q : Tile{}, rows, p.K, w.kT, w.kk, w.qk);
+    for (int64_t i = 0; i < heads; ++i) {
+      if (p.segment_states != nullptr && done % kSegmentTokens == 0) {
+        const int64_t segment = first_segment(p, n) + done / kSegmentTokens;
+        store_state(w.S[i], p.K, p.V, /*v_first=*/false,
+                    p.segment_states + (segment * p.HV + first_head + i) * state_size);
+      }
+      forward_chunk(p, seq, t, tokens, first_head + i, w.S[i], w);
+    }
   }
-  if (p.final_state != nullptr) {
-    store_state(w.S, p.K, p.V, p.state_v_first, static_cast<float*>(p.final_state) + state_offset);
+  for (int64_t i = 0; p.final_state != nullptr && i < heads; ++i) {
+    store_state(w.S[i], p.K, p.V, p.state_v_first,
+                static_cast<float*>(p.final_state) + first_state + i * state_size);
   }
 }
 
 void chunk_forward(const GatedDeltaRuleForward& p) {
-  p.parallel_for(p.N * p.HV, [&](int64_t begin, int64_t end) {
-    ForwardWorkspace workspace(p.chunk_size, p.K, p.V);
-    for (int64_t i = begin; i < end; ++i) forward_head(p, i / p.HV, i % p.HV, workspace);
+  const int64_t heads = heads_per_task(p), tasks = p.HV / heads;
+  p.parallel_for(p.N * tasks, [&](int64_t begin, int64_t end) {
+    ForwardWorkspace workspace(p.chunk_size, p.K, p.V, heads);
+    for (int64_t i = begin; i < end; ++i) {
+      forward_heads(p, i / tasks, i % tasks * heads, workspace);
+    }
   });
 }
 

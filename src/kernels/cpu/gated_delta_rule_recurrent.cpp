@@ -21,24 +21,25 @@ namespace gdn::kernels::cpu::HWY_NAMESPACE {
 /// Tokens that are converted to fp32 at a time.
 inline constexpr int64_t kTokenBlock = 64;
 /// Vectors of state columns that are worked on together.
-inline constexpr int kColumnVectors = 4;
+inline constexpr int kColumnVectors = kMicroRows;
 
 struct RecurrentWorkspace {
   Workspace memory;
   Tile q, k;  // [kTokenBlock, K]
   Tile v, o;  // [kTokenBlock, V]
-  Tile S;     // [K, V]
+  Tile S;     // [K, V], unless the final state's memory is worked on
   HWY_ALIGN float rstd[kTokenBlock];
   float decay[kTokenBlock], beta[kTokenBlock], kq[kTokenBlock];
 
-  RecurrentWorkspace(int64_t tokens, int64_t K, int64_t V)
+  RecurrentWorkspace(int64_t tokens, int64_t K, int64_t V, bool in_place)
       : memory(2 * Workspace::tile_floats(tokens, K) + 2 * Workspace::tile_floats(tokens, V) +
-               Workspace::tile_floats(K, V)),
+               (in_place ? 0 : Workspace::tile_floats(K, V))),
         q(memory.tile(tokens, K)),
         k(memory.tile(tokens, K)),
         v(memory.tile(tokens, V)),
-        o(memory.tile(tokens, V)),
-        S(memory.tile(K, V)) {}
+        o(memory.tile(tokens, V)) {
+    if (!in_place) S = memory.tile(K, V);
+  }
 };
 
 /// `tokens` tokens on kVectors vectors of the state's columns, from `column` on.
@@ -71,7 +72,8 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const Tile& state, in
       const Vec o = hn::Mul(factor, hn::MulAdd(decay, Sq[j], hn::Mul(kq, u[j])));
       hn::Store(o, d, w.o.row(t) + column + j * lanes);
     }
-    for (int64_t i = 0; i < K; ++i) {
+    // Backwards: the rows read last are those still in the L1 cache.
+    for (int64_t i = K - 1; i >= 0; --i) {
       const Vec ki = hn::Set(d, k[i]);
       for (int j = 0; j < kVectors; ++j) {
         float* s = S + i * state.stride + j * lanes;
@@ -79,6 +81,11 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const Tile& state, in
       }
     }
   }
+}
+
+/// Where the final state's memory can serve as the tile, the state is not copied to and fro.
+bool in_place(const GatedDeltaRuleForward& p) {
+  return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0;
 }
 
 void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentWorkspace& w) {
@@ -90,10 +97,8 @@ void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentW
                              : static_cast<const float*>(p.initial_state) + state_offset;
   float* final =
       p.final_state == nullptr ? nullptr : static_cast<float*>(p.final_state) + state_offset;
-  // Where the final state's memory can serve as the tile, the state is not copied to and fro.
-  const bool in_place = final != nullptr && !p.state_v_first && p.V % kTileAlign == 0;
-  const Tile S = in_place ? Tile{final, p.V} : w.S;
-  if (!in_place || initial != final) load_state(initial, p.K, p.V, p.state_v_first, S);
+  const Tile S = in_place(p) ? Tile{final, p.V} : w.S;
+  if (!in_place(p) || initial != final) load_state(initial, p.K, p.V, p.state_v_first, S);
   for (int64_t done = 0; done < seq.tokens; done += kTokenBlock) {
     const int64_t t = seq.first_token + done;
     const int64_t tokens = std::min(kTokenBlock, seq.tokens - done);
@@ -121,13 +126,13 @@ void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentW
     }
     if (p.o.data != nullptr) store_tokens(p.o, p.dtype, seq.b, t, h, tokens, p.V, w.o);
   }
-  if (final != nullptr && !in_place) store_state(S, p.K, p.V, p.state_v_first, final);
+  if (final != nullptr && !in_place(p)) store_state(S, p.K, p.V, p.state_v_first, final);
 }
 
 void recurrent_forward(const GatedDeltaRuleForward& p) {
   p.parallel_for(p.N * p.HV, [&](int64_t begin, int64_t end) {
     const int64_t tokens = p.cu_seqlens == nullptr ? std::min(p.T, kTokenBlock) : kTokenBlock;
-    RecurrentWorkspace workspace(tokens, p.K, p.V);
+    RecurrentWorkspace workspace(tokens, p.K, p.V, in_place(p));
     for (int64_t i = begin; i < end; ++i) recur_head(p, i / p.HV, i % p.HV, workspace);
   });
 }

@@ -159,150 +159,202 @@ inline void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, f
 struct ChunkGates {
   HWY_ALIGN float b_high[kMaxChunk], b_low[kMaxChunk];
   HWY_ALIGN float beta[kMaxChunk];
-  HWY_ALIGN float from_start[kMaxChunk];  // exp(b_i)
-  HWY_ALIGN float to_end[kMaxChunk];      // exp(b_C - b_i)
-  float whole;                            // exp(b_C)
+  HWY_ALIGN float from_start[kMaxChunk];        // exp(b_i)
+  HWY_ALIGN float minus_from_start[kMaxChunk];  // -exp(b_i)
+  HWY_ALIGN float read[kMaxChunk];              // scale exp(b_i)
+  HWY_ALIGN float to_end[kMaxChunk];            // exp(b_C - b_i)
+  float whole;                                  // exp(b_C)
 };
 
-/// exp(x) to fp32 accuracy: rounding a large |x| to fp32 first would cost |x| 2^-24 of the result.
-inline float exp_to_float(double x) {
-  const auto high = static_cast<float>(x);
-  return std::exp(high) * (1.0F + static_cast<float>(x - high));
+/// exp(high + low), |low| tiny: rounding a large |x| to fp32 first would cost |x| 2^-24 of exp(x).
+template <class D>
+HWY_INLINE hn::Vec<D> exp_of_sum(D d, hn::Vec<D> high, hn::Vec<D> low) {
+  const auto e = hn::Exp(d, high);
+  return hn::MulAdd(e, low, e);
 }
 
 /// g, beta: the chunk's first token and head; stride: floats between tokens. Padding rows [tokens,
 /// rows) get g = 0 and beta = 0.
 inline void load_gates(const float* g, const float* beta, int64_t stride, int64_t tokens,
-                       int64_t rows, ChunkGates& gates) {
+                       int64_t rows, float scale, ChunkGates& gates) {
   // exp of anything below is 0 in fp32: nothing is lost, and -inf cannot make a NaN.
   constexpr float kLowestGate = -200.0F;
+  const F32 d;
   double b[kMaxChunk];
   double sum = 0.0;
   for (int64_t i = 0; i < rows; ++i) {
     const float gate = i < tokens ? g[i * stride] : 0.0F;
     sum += gate < kLowestGate ? kLowestGate : gate;
     b[i] = sum;
-    gates.b_high[i] = static_cast<float>(sum);
-    gates.b_low[i] = static_cast<float>(sum - gates.b_high[i]);
     gates.beta[i] = i < tokens ? beta[i * stride] : 0.0F;
   }
+  HWY_ALIGN float rest_high[kMaxChunk], rest_low[kMaxChunk];  // b_C - b_i
   for (int64_t i = 0; i < rows; ++i) {
-    gates.from_start[i] = exp_to_float(b[i]);
-    gates.to_end[i] = exp_to_float(sum - b[i]);
+    const double rest = sum - b[i];
+    gates.b_high[i] = static_cast<float>(b[i]);
+    gates.b_low[i] = static_cast<float>(b[i] - gates.b_high[i]);
+    rest_high[i] = static_cast<float>(rest);
+    rest_low[i] = static_cast<float>(rest - rest_high[i]);
   }
-  gates.whole = exp_to_float(sum);
+  for (int64_t i = 0; i < rows; i += static_cast<int64_t>(hn::Lanes(d))) {
+    const auto from_start =
+        exp_of_sum(d, hn::Load(d, gates.b_high + i), hn::Load(d, gates.b_low + i));
+    hn::Store(from_start, d, gates.from_start + i);
+    hn::Store(hn::Neg(from_start), d, gates.minus_from_start + i);
+    hn::Store(hn::Mul(hn::Set(d, scale), from_start), d, gates.read + i);
+    hn::Store(exp_of_sum(d, hn::Load(d, rest_high + i), hn::Load(d, rest_low + i)), d,
+              gates.to_end + i);
+  }
+  gates.whole = gates.from_start[rows - 1];
 }
 
-/// D_ij = exp(b_i - b_j) for j <= i, else 0. rows is a multiple of kTileAlign.
-inline void decay_matrix(const ChunkGates& gates, int64_t rows, const Tile& decay) {
+/// G = strict_lower(K K^T) o D and P = scale lower(Q K^T) o D with D_ij = exp(b_i - b_j), from the
+/// lower triangles of the scores. P and D are left out where they have no memory; zeros above the
+/// diagonal. rows is a multiple of kTileAlign.
+inline void decay_scores(const ChunkGates& gates, int64_t rows, float scale, const Tile& kk,
+                         const Tile& qk, const Tile& G, const Tile& P, const Tile& D) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto factor = hn::Set(d, scale);
   for (int64_t i = 0; i < rows; ++i) {
     const auto high = hn::Set(d, gates.b_high[i]), low = hn::Set(d, gates.b_low[i]);
     for (int64_t j = 0; j < rows; j += lanes) {
-      auto value = hn::Zero(d);
+      auto decay = hn::Zero(d), g = hn::Zero(d), p = hn::Zero(d);
       if (j <= i) {
         const auto difference = hn::Add(hn::Sub(high, hn::Load(d, gates.b_high + j)),
                                         hn::Sub(low, hn::Load(d, gates.b_low + j)));
         const auto kept = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i + 1 - j)));
-        value = hn::IfThenElseZero(kept, hn::Exp(d, hn::IfThenElseZero(kept, difference)));
+        const auto below = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i - j)));
+        decay = hn::IfThenElseZero(kept, hn::Exp(d, hn::IfThenElseZero(kept, difference)));
+        // Above the diagonal the scores may be undefined: masked, never multiplied by zero.
+        g = hn::IfThenElseZero(below, hn::Mul(decay, hn::Load(d, kk.row(i) + j)));
+        if (P.data != nullptr) {
+          const auto score = hn::IfThenElseZero(kept, hn::Load(d, qk.row(i) + j));
+          p = hn::Mul(hn::Mul(factor, decay), score);
+        }
       }
-      hn::Store(value, d, decay.row(i) + j);
+      hn::Store(g, d, G.row(i) + j);
+      if (P.data != nullptr) hn::Store(p, d, P.row(i) + j);
+      if (D.data != nullptr) hn::Store(decay, d, D.row(i) + j);
     }
   }
 }
 
-/// m <- factor * m o decay on the lower triangle, 0 above it, and on the diagonal too when strict.
-inline void mask_with_decay(const Tile& decay, int64_t rows, float factor, bool strict,
-                            const Tile& m) {
+/// Rows [block, block + kMicroRows) of the forward solve, kVectors vectors of columns from `column`.
+template <int kVectors>
+HWY_INLINE void solve_rows_forward(const Tile& G, const float* beta, int64_t block, int64_t column,
+                                   const Tile& r, const Tile& u) {
   const F32 d;
+  using Vec = hn::Vec<F32>;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const auto f = hn::Set(d, factor);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t kept = strict ? i : i + 1;
-    for (int64_t j = 0; j < rows; j += lanes) {
-      // Above the diagonal m may be undefined: masked, never multiplied by zero.
-      const int64_t here = std::clamp<int64_t>(kept - j, 0, lanes);
-      const auto product =
-          hn::Mul(hn::Mul(f, hn::Load(d, m.row(i) + j)), hn::Load(d, decay.row(i) + j));
-      hn::Store(hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(here)), product), d,
-                m.row(i) + j);
+  Vec sum[kMicroRows][kVectors];
+  for (auto& row : sum) {
+    for (Vec& x : row) x = hn::Zero(d);
+  }
+  accumulate<kMicroRows, kVectors>(0, block, plain({G.row(block), G.stride}), u, column, sum);
+  for (int i = 0; i < kMicroRows; ++i) {
+    const float* g = G.row(block + i) + block;
+    for (int l = 0; l < kVectors; ++l) {
+      // sum[j], j < i, holds U_j by now.
+      float* at = r.row(block + i) + column + l * lanes;
+      Vec x = hn::Sub(hn::Load(d, at), sum[i][l]);
+      for (int j = 0; j < i; ++j) x = hn::NegMulAdd(hn::Set(d, g[j]), sum[j][l], x);
+      hn::Store(x, d, at);
+      sum[i][l] = hn::Mul(hn::Set(d, beta[block + i]), x);
+      hn::Store(sum[i][l], d, u.row(block + i) + column + l * lanes);
     }
   }
 }
 
 /// Solves U^_i = R_i - sum_{j<i} G_ij U_j with U = diag(beta) U^. `r` holds R and becomes U^.
 /// G [rows, rows] strictly lower; n columns, a multiple of kTileAlign.
-inline void solve_forward(const Tile& G, const float* beta, int64_t rows, int64_t n, const Tile& r,
-                          const Tile& u) {
-  for (int64_t block = 0; block < rows; block += kMicroRows) {
-    if (block > 0) {
-      matmul<Into::subtract>(kMicroRows, n, block, plain({G.row(block), G.stride}), u,
-                             {r.row(block), r.stride});
+inline HWY_NOINLINE void solve_forward(const Tile& G, const float* beta, int64_t rows, int64_t n,
+                                const Tile& r, const Tile& u) {
+  const int64_t panel = 2 * static_cast<int64_t>(hn::Lanes(F32()));
+  for (int64_t column = 0; column < n; column += panel) {
+    for (int64_t block = 0; block < rows; block += kMicroRows) {
+      if (column + panel <= n) {
+        solve_rows_forward<2>(G, beta, block, column, r, u);
+      } else {
+        solve_rows_forward<1>(G, beta, block, column, r, u);
+      }
     }
-    for (int64_t i = block; i < block + kMicroRows; ++i) {
-      for (int64_t j = block; j < i; ++j) scale_row(-G.row(i)[j], u.row(j), 1.0F, r.row(i), n);
-      scale_row(beta[i], r.row(i), 0.0F, u.row(i), n);
+  }
+}
+
+/// Rows [block, block + kMicroRows) of the backward solve, kVectors vectors of columns.
+template <int kVectors>
+HWY_INLINE void solve_rows_backward(const Tile& G, const float* beta, int64_t block, int64_t rows,
+                                    int64_t column, const Tile& x, const Tile& y) {
+  const F32 d;
+  using Vec = hn::Vec<F32>;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t after = block + kMicroRows;
+  Vec sum[kMicroRows][kVectors];
+  for (auto& row : sum) {
+    for (Vec& z : row) z = hn::Zero(d);
+  }
+  accumulate<kMicroRows, kVectors>(after, rows, transposed({G.data + block, G.stride}), y, column,
+                                   sum);
+  for (int j = kMicroRows - 1; j >= 0; --j) {
+    for (int l = 0; l < kVectors; ++l) {
+      // sum[i], i > j, holds Y_i by now.
+      float* at = x.row(block + j) + column + l * lanes;
+      Vec z = hn::Sub(hn::Load(d, at), sum[j][l]);
+      for (int i = kMicroRows - 1; i > j; --i) {
+        z = hn::NegMulAdd(hn::Set(d, G.row(block + i)[block + j]), sum[i][l], z);
+      }
+      hn::Store(z, d, at);
+      sum[j][l] = hn::Mul(hn::Set(d, beta[block + j]), z);
+      hn::Store(sum[j][l], d, y.row(block + j) + column + l * lanes);
     }
   }
 }
 
 /// The transposed solve: Z_j = X_j - sum_{i>j} G_ij Y_i with Y = diag(beta) Z. `x` holds X and
 /// becomes Z.
-inline void solve_backward(const Tile& G, const float* beta, int64_t rows, int64_t n, const Tile& x,
-                           const Tile& y) {
-  for (int64_t block = rows - kMicroRows; block >= 0; block -= kMicroRows) {
-    const int64_t after = block + kMicroRows;
-    if (after < rows) {
-      matmul<Into::subtract>(kMicroRows, n, rows - after,
-                             transposed({G.row(after) + block, G.stride}), {y.row(after), y.stride},
-                             {x.row(block), x.stride});
-    }
-    for (int64_t j = after - 1; j >= block; --j) {
-      for (int64_t i = j + 1; i < after; ++i) {
-        scale_row(-G.row(i)[j], y.row(i), 1.0F, x.row(j), n);
+inline HWY_NOINLINE void solve_backward(const Tile& G, const float* beta, int64_t rows, int64_t n,
+                                 const Tile& x, const Tile& y) {
+  const int64_t panel = 2 * static_cast<int64_t>(hn::Lanes(F32()));
+  for (int64_t column = 0; column < n; column += panel) {
+    for (int64_t block = rows - kMicroRows; block >= 0; block -= kMicroRows) {
+      if (column + panel <= n) {
+        solve_rows_backward<2>(G, beta, block, rows, column, x, y);
+      } else {
+        solve_rows_backward<1>(G, beta, block, rows, column, x, y);
       }
-      scale_row(beta[j], x.row(j), 0.0F, y.row(j), n);
     }
   }
 }
 
 /// Tiles of one chunk that its state recurrence needs.
 struct StateTiles {
-  Tile k;      // [C, K]
-  Tile kT;     // [K, C]
-  Tile v;      // [C, V]
-  Tile u;      // [C, V]
-  Tile decay;  // [C, C]
-  Tile G;      // [C, C], strict_lower(K K^T) o D
+  Tile k;  // [C, K]
+  Tile v;  // [C, V]
+  Tile u;  // [C, V]
+  Tile G;  // [C, C], strict_lower(K K^T) o D
   static int64_t floats(int64_t C, int64_t K, int64_t V) {
-    return Workspace::tile_floats(C, K) + Workspace::tile_floats(K, C) +
-           2 * Workspace::tile_floats(C, V) + 2 * Workspace::tile_floats(C, C);
+    return Workspace::tile_floats(C, K) + 2 * Workspace::tile_floats(C, V) +
+           Workspace::tile_floats(C, C);
   }
   StateTiles(Workspace& w, int64_t C, int64_t K, int64_t V)
-      : k(w.tile(C, K)),
-        kT(w.tile(K, C)),
-        v(w.tile(C, V)),
-        u(w.tile(C, V)),
-        decay(w.tile(C, C)),
-        G(w.tile(C, C)) {}
+      : k(w.tile(C, K)), v(w.tile(C, V)), u(w.tile(C, V)), G(w.tile(C, C)) {}
 };
 
-/// kT, decay and G from k and the gates.
-inline void key_products(const StateTiles& t, const ChunkGates& gates, int64_t rows, int64_t K) {
-  transpose(rows, padded(K), t.k, t.kT);
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(t.k), t.kT, t.G);
-  decay_matrix(gates, rows, t.decay);
-  mask_with_decay(t.decay, rows, 1.0F, /*strict=*/true, t.G);
+/// The lower triangles of K K^T and Q K^T, which all value heads of a key head share. kT [K, C] is
+/// scratch. Without memory for q there is no Q K^T.
+inline void score_products(const Tile& k, const Tile& q, int64_t rows, int64_t K, const Tile& kT,
+                           const Tile& kk, const Tile& qk) {
+  transpose(rows, padded(K), k, kT);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(k), kT, kk);
+  if (q.data == nullptr) return;
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(q), kT, qk);
 }
 
 /// t.v holds V and becomes U^ = U / beta; t.u becomes U. S is the state at the chunk's start.
 inline void solve_chunk(const StateTiles& t, const ChunkGates& gates, const Tile& S, int64_t rows,
                         int64_t K, int64_t V) {
-  matmul<Into::set>(rows, padded(V), K, plain(t.k), S, t.u);
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(-gates.from_start[i], t.u.row(i), 1.0F, t.v.row(i), padded(V));
-  }
+  matmul<Into::add>(rows, padded(V), K, plain(t.k), S, t.v, {gates.minus_from_start});
   solve_forward(t.G, gates.beta, rows, padded(V), t.v, t.u);
 }
 
@@ -312,7 +364,22 @@ inline void update_state(const StateTiles& t, const ChunkGates& gates, const Til
   for (int64_t i = 0; i < rows; ++i) {
     scale_row(gates.to_end[i], t.u.row(i), 0.0F, t.u.row(i), padded(V));
   }
-  matmul<Into::add>(padded(K), padded(V), rows, transposed(t.k), t.u, S, gates.whole);
+  matmul<Into::add>(padded(K), padded(V), rows, transposed(t.k), t.u, S, {.keep = gates.whole});
+}
+
+/// Value heads of one key head that one task takes through the sequence together: they share the
+/// key head's scores. As many as leave every thread some tasks to balance with, and as many states
+/// as half of a common L2 cache holds.
+inline int64_t heads_per_task(const GatedDeltaRuleProblem& p) {
+  constexpr int64_t kTasksPerThread = 4;
+  constexpr int64_t kStateBytes = 512 << 10;
+  const int64_t group = p.HV / p.H, state = p.K * p.V * static_cast<int64_t>(sizeof(float));
+  int64_t heads = group;
+  while (heads > 1 && (group % heads != 0 || heads * state > kStateBytes ||
+                       p.N * p.HV / heads < kTasksPerThread * p.threads)) {
+    --heads;
+  }
+  return heads;
 }
 
 }  // namespace gdn::kernels::cpu::HWY_NAMESPACE

@@ -58,20 +58,22 @@ enum class Skip {
   c_above_diagonal,  ///< only the lower triangle of C is wanted; the rest is left undefined
 };
 
-/// How the product enters C.
-enum class Into { set, add, subtract };
+/// How the product enters C: instead of what C holds, or added to it.
+enum class Into { set, add };
 
-template <int kRows, int kVectors, Into kInto>
-HWY_INLINE void micro_kernel(int64_t k_begin, int64_t k_end, const LeftFactor& a, const Tile& b,
-                             int64_t column, float c_scale, float* HWY_RESTRICT c,
-                             int64_t c_stride) {
+/// Factors of what enters C.
+struct Factors {
+  const float* rows = nullptr;  ///< of each row of A B; null: one
+  float keep = 1.0F;            ///< of what C holds
+};
+
+/// sum[i][j] += rows of A [., k_begin to k_end) times two vectors of columns of B.
+template <int kRows, int kVectors>
+HWY_INLINE void accumulate(int64_t k_begin, int64_t k_end, const LeftFactor& a, const Tile& b,
+                           int64_t column, hn::Vec<F32> (&sum)[kRows][kVectors]) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   using Vec = hn::Vec<F32>;
-  Vec sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = hn::Zero(d);
-  }
   const float* HWY_RESTRICT b_row = b.data + k_begin * b.stride + column;
   const float* HWY_RESTRICT a_column = a.data + k_begin * a.column_stride;
   for (int64_t k = k_begin; k < k_end; ++k, b_row += b.stride, a_column += a.column_stride) {
@@ -82,24 +84,39 @@ HWY_INLINE void micro_kernel(int64_t k_begin, int64_t k_end, const LeftFactor& a
       for (int j = 0; j < kVectors; ++j) sum[i][j] = hn::MulAdd(left, right[j], sum[i][j]);
     }
   }
-  const Vec keep = hn::Set(d, c_scale);
+}
+
+template <int kRows, int kVectors, Into kInto>
+HWY_INLINE void micro_kernel(int64_t k_begin, int64_t k_end, const LeftFactor& a, const Tile& b,
+                             int64_t column, const float* factors, float keep,
+                             float* HWY_RESTRICT c, int64_t c_stride) {
+  const F32 d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  using Vec = hn::Vec<F32>;
+  Vec sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = hn::Zero(d);
+  }
+  accumulate<kRows, kVectors>(k_begin, k_end, a, b, column, sum);
+  const Vec kept = hn::Set(d, keep);
+  for (int i = 0; i < kRows; ++i) {
+    const Vec factor = hn::Set(d, factors == nullptr ? 1.0F : factors[i]);
     for (int j = 0; j < kVectors; ++j) {
       float* out = c + i * c_stride + j * lanes;
-      if constexpr (kInto == Into::set) hn::Store(sum[i][j], d, out);
-      if constexpr (kInto == Into::add)
-        hn::Store(hn::MulAdd(keep, hn::Load(d, out), sum[i][j]), d, out);
-      if constexpr (kInto == Into::subtract)
-        hn::Store(hn::Sub(hn::Load(d, out), sum[i][j]), d, out);
+      const Vec product = hn::Mul(factor, sum[i][j]);
+      if constexpr (kInto == Into::set) hn::Store(product, d, out);
+      if constexpr (kInto == Into::add) {
+        hn::Store(hn::MulAdd(kept, hn::Load(d, out), product), d, out);
+      }
     }
   }
 }
 
-/// C [m, n] = A [m, k] B [k, n] (set), c_scale C + A B (add) or C - A B (subtract).
+/// C [m, n] = diag(factors.rows) A [m, k] B [k, n] (set), or factors.keep C + that (add).
 /// m is a multiple of kMicroRows, n of kTileAlign; k is any.
 template <Into kInto, Skip kSkip = Skip::none>
 HWY_NOINLINE void matmul(int64_t m, int64_t n, int64_t k, LeftFactor a, const Tile& b,
-                         const Tile& c, float c_scale = 1.0F) {
+                         const Tile& c, const Factors& factors = {}) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
   const int64_t panel = 2 * lanes;
   for (int64_t column = 0; column < n; column += panel) {
@@ -109,34 +126,53 @@ HWY_NOINLINE void matmul(int64_t m, int64_t n, int64_t k, LeftFactor a, const Ti
       const int64_t k_begin = kSkip == Skip::a_below_diagonal ? i : 0;
       const int64_t k_end = kSkip == Skip::a_above_diagonal ? std::min(k, row_end) : k;
       const LeftFactor a_rows = {a.data + i * a.row_stride, a.row_stride, a.column_stride};
+      const float* of_rows = factors.rows == nullptr ? nullptr : factors.rows + i;
       float* c_block = c.row(i) + column;
       if (column + panel <= n) {
-        micro_kernel<kMicroRows, 2, kInto>(k_begin, k_end, a_rows, b, column, c_scale, c_block,
-                                           c.stride);
+        micro_kernel<kMicroRows, 2, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
+                                           c_block, c.stride);
       } else {
-        micro_kernel<kMicroRows, 1, kInto>(k_begin, k_end, a_rows, b, column, c_scale, c_block,
-                                           c.stride);
+        micro_kernel<kMicroRows, 1, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
+                                           c_block, c.stride);
       }
     }
   }
 }
 
-/// to [columns, rows] = from [rows, columns]^T; both counts are multiples of 4.
+/// Each 128-bit block of v to a place of its own, `stride` floats apart.
+template <class D>
+HWY_INLINE void store_blocks(D d, hn::Vec<D> v, float* to, int64_t stride) {
+  if constexpr (hn::MaxLanes(d) > 4) {
+    const hn::Half<D> half;
+    store_blocks(half, hn::LowerHalf(half, v), to, stride);
+    store_blocks(half, hn::UpperHalf(half, v), to + hn::MaxLanes(half) / 4 * stride, stride);
+  } else {
+    hn::Store(v, d, to);
+  }
+}
+
+/// to [columns, rows] = from [rows, columns]^T; rows is a multiple of 4, columns of kTileAlign.
 inline void transpose(int64_t rows, int64_t columns, const Tile& from, const Tile& to) {
-  const hn::Full128<float> d;
-  const hn::Repartition<double, decltype(d)> pairs;
-  for (int64_t j = 0; j < columns; j += 4) {
+  const F32 d;
+  const hn::Repartition<double, F32> pairs;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t j = 0; j < columns; j += lanes) {
     for (int64_t i = 0; i < rows; i += 4) {
+      // Four rows: block b of vector c becomes column j + 4 b + c.
       const auto r0 = hn::Load(d, from.row(i) + j), r1 = hn::Load(d, from.row(i + 1) + j);
       const auto r2 = hn::Load(d, from.row(i + 2) + j), r3 = hn::Load(d, from.row(i + 3) + j);
       const auto low01 = hn::BitCast(pairs, hn::InterleaveLower(d, r0, r1));
       const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(d, r2, r3));
       const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(d, r0, r1));
       const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(d, r2, r3));
-      hn::Store(hn::BitCast(d, hn::InterleaveLower(pairs, low01, low23)), d, to.row(j) + i);
-      hn::Store(hn::BitCast(d, hn::InterleaveUpper(pairs, low01, low23)), d, to.row(j + 1) + i);
-      hn::Store(hn::BitCast(d, hn::InterleaveLower(pairs, high01, high23)), d, to.row(j + 2) + i);
-      hn::Store(hn::BitCast(d, hn::InterleaveUpper(pairs, high01, high23)), d, to.row(j + 3) + i);
+      float* column = to.row(j) + i;
+      const auto store = [&](hn::Vec<decltype(pairs)> v, int64_t c) HWY_ATTR {
+        store_blocks(d, hn::BitCast(d, v), column + c * to.stride, 4 * to.stride);
+      };
+      store(hn::InterleaveLower(pairs, low01, low23), 0);
+      store(hn::InterleaveUpper(pairs, low01, low23), 1);
+      store(hn::InterleaveLower(pairs, high01, high23), 2);
+      store(hn::InterleaveUpper(pairs, high01, high23), 3);
     }
   }
 }

@@ -68,6 +68,7 @@ struct PreparedInputs {
     problem.g = g.const_data_ptr();
     problem.beta = beta.const_data_ptr();
     problem.parallel_for = torch_parallel_for;
+    problem.threads = at::get_num_threads();
   }
   PreparedInputs(const PreparedInputs&) = delete;
   PreparedInputs& operator=(const PreparedInputs&) = delete;
