@@ -2,7 +2,7 @@
 // GFLOP/s of the leanest chunked algorithm, GB/s of the decode step. `--pass X --repeats 1` runs one
 // pass alone, for a profiler or an instruction count.
 //
-//   gdn_bench_cpu_kernels [--target AVX2] [--threads 2] [--tokens 2048] [--key-heads 16]
+//   gdn_bench_cpu_kernels [--target AVX2] [--matrix-unit 0] [--threads 2] [--tokens 2048] [--key-heads 16]
 //       [--value-heads 32] [--head-dim 128] [--chunk 64] [--dtype f32|bf16]
 //       [--pass forward|backward|decode|copy] [--repeats 15]
 
@@ -27,6 +27,7 @@
 #include <hwy/targets.h>
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
+#include <gdn/kernels/cpu/matrix_unit.h>
 
 namespace {
 
@@ -93,7 +94,7 @@ void pool_for(int64_t count, Pool::Body body) { pool.run(count, body); }
 struct Options {
   std::string target, dtype, pass;
   int64_t threads = 1, tokens = 2048, key_heads = 16, value_heads = 32, head_dim = 128;
-  int64_t chunk = 64, repeats = 15;
+  int64_t chunk = 64, repeats = 15, matrix_unit = 1;
 };
 
 Options parse(int argc, char** argv) {
@@ -120,6 +121,8 @@ Options parse(int argc, char** argv) {
       options.head_dim = std::stoll(value);
     } else if (name == "--chunk") {
       options.chunk = std::stoll(value);
+    } else if (name == "--matrix-unit") {
+      options.matrix_unit = std::stoll(value);
     } else if (name == "--repeats") {
       options.repeats = std::stoll(value);
     } else {
@@ -355,6 +358,7 @@ void run_copy(const Options& o, int64_t bytes) {
 int main(int argc, char** argv) try {
   const Options options = parse(argc, argv);
   choose_target(options.target);
+  cpu::allow_matrix_unit(options.matrix_unit != 0);
   pool.start(options.threads);
   std::printf("%s, H/HV %ld/%ld, K = V = %ld, T %ld\n", cpu::instruction_set(),
               static_cast<long>(options.key_heads), static_cast<long>(options.value_heads),
