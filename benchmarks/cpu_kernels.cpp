@@ -1,8 +1,8 @@
 // The gated delta rule's CPU kernels without torch, beside what the machine's caches copy: medians,
-// GFLOP/s of the leanest chunked algorithm, GB/s of the decode step. `--pass X --repeats 1` runs one
-// pass alone, for a profiler or an instruction count.
+// GFLOP/s of the leanest chunked algorithm, GB/s of the decode step. `--pass X --repeats 1` runs
+// one pass alone, for a profiler or an instruction count.
 //
-//   gdn_bench_cpu_kernels [--target AVX2] [--matrix-unit 0] [--threads 2] [--tokens 2048] [--key-heads 16]
+//   gdn_bench_cpu_kernels [--target AVX2] [--threads 2] [--tokens 2048] [--key-heads 16]
 //       [--value-heads 32] [--head-dim 128] [--chunk 64] [--dtype f32|bf16]
 //       [--pass forward|backward|decode|copy] [--repeats 15]
 
@@ -27,7 +27,6 @@
 #include <hwy/targets.h>
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
-#include <gdn/kernels/cpu/matrix_unit.h>
 
 namespace {
 
@@ -94,7 +93,7 @@ void pool_for(int64_t count, Pool::Body body) { pool.run(count, body); }
 struct Options {
   std::string target, dtype, pass;
   int64_t threads = 1, tokens = 2048, key_heads = 16, value_heads = 32, head_dim = 128;
-  int64_t chunk = 64, repeats = 15, matrix_unit = 1;
+  int64_t chunk = 64, repeats = 15;
 };
 
 Options parse(int argc, char** argv) {
@@ -121,8 +120,6 @@ Options parse(int argc, char** argv) {
       options.head_dim = std::stoll(value);
     } else if (name == "--chunk") {
       options.chunk = std::stoll(value);
-    } else if (name == "--matrix-unit") {
-      options.matrix_unit = std::stoll(value);
     } else if (name == "--repeats") {
       options.repeats = std::stoll(value);
     } else {
@@ -153,7 +150,8 @@ Time time_of(int64_t repeats, const std::function<void()>& call) {
   for (int64_t i = 0; i < repeats + (repeats > 1 ? 1 : 0); ++i) {
     const auto start = std::chrono::steady_clock::now();
     call();
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    times.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   if (repeats > 1) times.erase(times.begin());
   std::sort(times.begin(), times.end());
@@ -166,8 +164,8 @@ class Memory {
   Memory(int64_t count, DType dtype) : Memory(count, dtype, 0, [] { return 0.0F; }) {}
   template <typename Draw>
   Memory(int64_t count, DType dtype, int /*drawn*/, const Draw& draw)
-      : bytes_(hwy::AllocateAligned<uint8_t>(
-            static_cast<size_t>(count) * (dtype == DType::f32 ? 4 : 2))) {
+      : bytes_(hwy::AllocateAligned<uint8_t>(static_cast<size_t>(count) *
+                                             (dtype == DType::f32 ? 4 : 2))) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = draw();
       if (dtype == DType::f32) {
@@ -291,8 +289,8 @@ double chunked_operations(const Options& o, bool backward) {
   return tokens * (replay + 2 * scores + 12 * K * V + 4 * C * V + 4 * scores);
 }
 
-void print_pass(const char* pass, const Options& o, DType dtype, const Time& time, double operations,
-                double bytes) {
+void print_pass(const char* pass, const Options& o, DType dtype, const Time& time,
+                double operations, double bytes) {
   std::printf("| %s %s | %ld | %.3f | %.3f |", dtype == DType::f32 ? "fp32" : "bf16", pass,
               static_cast<long>(o.threads), time.median * 1e3, time.least * 1e3);
   if (operations > 0) std::printf(" %.0f GFLOP/s |\n", operations / time.median * 1e-9);
@@ -321,8 +319,8 @@ void run(const Options& o, DType dtype) {
     GatedDeltaRuleForward p = bench.forward(1);
     p.initial_state = p.final_state;
     cpu::recurrent_gated_delta_rule(p);
-    const Time time = time_of(o.repeats > 1 ? 40 * o.repeats : 1,
-                              [&] { cpu::recurrent_gated_delta_rule(p); });
+    const Time time =
+        time_of(o.repeats > 1 ? 40 * o.repeats : 1, [&] { cpu::recurrent_gated_delta_rule(p); });
     print_pass("decode step", o, dtype, time, 0, 8.0 * static_cast<double>(bench.state_size()));
   }
 }
@@ -358,7 +356,6 @@ void run_copy(const Options& o, int64_t bytes) {
 int main(int argc, char** argv) try {
   const Options options = parse(argc, argv);
   choose_target(options.target);
-  cpu::allow_matrix_unit(options.matrix_unit != 0);
   pool.start(options.threads);
   std::printf("%s, H/HV %ld/%ld, K = V = %ld, T %ld\n", cpu::instruction_set(),
               static_cast<long>(options.key_heads), static_cast<long>(options.value_heads),

@@ -1,11 +1,14 @@
 // Chunked backward of the gated delta rule. Given dO and dS', the gradient of the chunk's end
 // state, with G, U^, U, D, b as in the forward and P = scale lower(Q K^T) o D:
 //
-//   dU = P^T dO + diag(exp(b_C - b)) K dS'        Z + G^T diag(beta) Z = dU        dV = diag(beta)
-//   Z dP = scale lower(dO U^T) o D                  dG = -strict_lower(dV U^T) o D dQ = scale
-//   diag(exp b) dO S^T + dP K dK = dG K - diag(exp b) dV S^T                (k as the reader of the
-//   state)
-//      + dP^T Q + dG^T K + diag(exp(b_C - b)) U dS'^T          (k as its writer)
+//   dU = P^T dO + diag(exp(b_C - b)) K dS'
+//   Z + G^T diag(beta) Z = dU
+//   dV = diag(beta) Z
+//   dP = scale lower(dO U^T) o D
+//   dG = -strict_lower(dV U^T) o D
+//   dQ = scale diag(exp b) dO S^T + dP K
+//   dK = dG K - diag(exp b) dV S^T                          (k as the reader of the state)
+//      + dP^T Q + dG^T K + diag(exp(b_C - b)) U dS'^T       (k as its writer)
 //   dbeta_i = Z_i . U^_i
 //   dS = exp(b_C) dS' + scale (diag(exp b) Q)^T dO - (diag(exp b) K)^T dV
 //
@@ -55,43 +58,32 @@ struct SharedTiles {
 /// Buffers for one key head at a time.
 struct BackwardWorkspace {
   Workspace memory;
-  KeyTiles keys;
   StateTiles tiles;
-  Tile qT;                           // [K, C]
+  Tile q;                            // [C, K]
+  Tile kT;                           // [K, C]
   Tile decay, P, d_P, d_G, X;        // [C, C]
   Tile d_o;                          // [C, V]
   Tile d_u, d_v;                     // [C, V]
   Tile uT;                           // [V, C]
+  Tile ST, d_ST;                     // [V, K]
   Tile d_q, d_k_reader, d_k_writer;  // [C, K]
-  Left d_o_left, d_v_left, u_left;   // [C, V]
-  Left qT_left;                      // [K, C]
-  Right uT_right;                    // [V, C]
-  Right ST, d_ST;                    // [V, K]
-  Right d_S_right;                   // [K, V], whose tile is the gradient at hand
-  Right d_o_read, d_v_from_start;    // [C, V], what dO and dV add to dS, but for Q^T and K^T
   std::vector<Tile> d_S;             // [K, V], a value head each
   std::vector<Tile> S;               // [K, V], the states at the chunks' starts
   std::vector<Tile> u_hat;           // [C, V], a chunk each
   std::vector<SharedTiles> shared;   // a chunk each
   ChunkGates gates;
 
-  static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks,
-                        const Pieces& pieces) {
+  static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    const auto packed = &Workspace::packed_floats;
-    return KeyTiles::floats(C, K, pieces) + StateTiles::floats(C, K, V, pieces) +
-           3 * tile(C, K) + tile(K, C) + 5 * tile(C, C) + 5 * tile(C, V) + tile(V, C) +
-           2 * tile(V, K) + packed(C, V, pieces.keys) + 2 * packed(C, V, pieces.all) +
-           packed(K, C, pieces.keys) + packed(C, V, pieces.all) + 2 * packed(K, V, pieces.all) +
-           packed(V, K, pieces.all) + 2 * packed(V, C, pieces.all) + group * tile(K, V) +
+    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
+           3 * tile(C, V) + tile(V, C) + 2 * tile(V, K) + group * tile(K, V) +
            chunks * (tile(K, V) + tile(C, V) + SharedTiles::floats(C, K));
   }
-  BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks,
-                    const Pieces& pieces)
-      : memory(floats(C, K, V, group, chunks, pieces)),
-        keys(memory, C, K, pieces),
-        tiles(memory, C, K, V, pieces),
-        qT(memory.tile(K, C)),
+  BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
+      : memory(floats(C, K, V, group, chunks)),
+        tiles(memory, C, K, V),
+        q(memory.tile(C, K)),
+        kT(memory.tile(K, C)),
         decay(memory.tile(C, C)),
         P(memory.tile(C, C)),
         d_P(memory.tile(C, C)),
@@ -101,19 +93,11 @@ struct BackwardWorkspace {
         d_u(memory.tile(C, V)),
         d_v(memory.tile(C, V)),
         uT(memory.tile(V, C)),
+        ST(memory.tile(V, K)),
+        d_ST(memory.tile(V, K)),
         d_q(memory.tile(C, K)),
         d_k_reader(memory.tile(C, K)),
-        d_k_writer(memory.tile(C, K)),
-        d_o_left{plain(d_o), memory.packed(C, V, pieces.keys)},
-        d_v_left{plain(d_v), memory.packed(C, V, pieces.all)},
-        u_left{plain(tiles.u), memory.packed(C, V, pieces.all)},
-        qT_left{transposed(keys.q), memory.packed(K, C, pieces.keys)},
-        uT_right{uT, memory.packed(C, V, pieces.all)},
-        ST{memory.tile(V, K), memory.packed(K, V, pieces.all)},
-        d_ST{memory.tile(V, K), memory.packed(K, V, pieces.all)},
-        d_S_right{{}, memory.packed(V, K, pieces.all)},
-        d_o_read{memory.tile(C, V), memory.packed(V, C, pieces.all)},
-        d_v_from_start{memory.tile(C, V), memory.packed(V, C, pieces.all)} {
+        d_k_writer(memory.tile(C, K)) {
     for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
     for (int64_t i = 0; i < chunks; ++i) {
       S.push_back(memory.tile(K, V));
@@ -138,27 +122,35 @@ void clear_rows(const Tile& tile, int64_t rows, int64_t columns) {
   }
 }
 
-/// Keys and gates of one chunk of value head h.
-void load_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, BackwardWorkspace& w) {
-  load_keys(p, c.b, c.t, h / (p.HV / p.H), c.tokens, w.keys);
+/// q or k of one chunk, normalised where the problem asks for it.
+void load_keys(const GatedDeltaRuleBackward& p, const ConstView4& view, const Chunk& c,
+               int64_t key_head, const Tile& to, float* rstd) {
+  load_tokens(view, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, to);
+  if (p.qk_l2norm) l2_normalize(to, c.rows, p.K, rstd);
+}
+
+void load_chunk_gates(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                      ChunkGates& gates) {
   const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
   load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
-             c.tokens, c.rows, static_cast<float>(p.scale), w.keys.factors, w.gates);
+             c.tokens, c.rows, static_cast<float>(p.scale), gates);
 }
 
 /// Fills w.S and w.u_hat for the segment's chunks; w.S[0] holds the state at the segment's start.
 void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, int64_t h,
             BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
   for (size_t i = 0; i < chunks.size(); ++i) {
     const Chunk& c = chunks[i];
-    load_chunk(p, c, h, w);
+    load_chunk_gates(p, c, h, w.gates);
+    load_keys(p, p.k, c, h / (p.HV / p.H), w.tiles.k, rstd);
     decay_scores(w.gates, c.rows, 1.0F, w.shared[i].kk, {}, w.tiles.G, {}, {});
     load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.tiles.v);
-    solve_chunk(w.keys, w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
+    solve_chunk(w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
     copy_rows(w.tiles.v, c.rows, p.V, w.u_hat[i]);
     if (i + 1 == chunks.size()) break;
     copy_rows(w.S[i], p.K, p.V, w.S[i + 1]);
-    update_state(w.keys, w.tiles, w.gates, w.S[i + 1], c.rows, p.K, p.V);
+    update_state(w.tiles, w.gates, w.S[i + 1], c.rows, p.K, p.V);
   }
 }
 
@@ -251,83 +243,72 @@ HWY_INLINE float add_and_dot(const float* HWY_RESTRICT x, const float* HWY_RESTR
   return hn::GetLane(hn::SumOfLanes(d, product));
 }
 
-/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start. Adds to the
-/// sums in `shared`.
+/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start. Adds to
+/// the sums in `shared`.
 void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
                    const Tile& u_hat, const Tile& d_S, const SharedTiles& shared,
                    BackwardWorkspace& w) {
+  HWY_ALIGN float rstd[kMaxChunk];
   const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
+  const int64_t key_head = h / (p.HV / p.H);
   const auto scale = static_cast<float>(p.scale);
-  StateTiles& t = w.tiles;
-  const KeyTiles& keys = w.keys;
+  const StateTiles& t = w.tiles;
   const ChunkGates& gates = w.gates;
-  load_chunk(p, c, h, w);
+  load_chunk_gates(p, c, h, w.gates);
+  load_keys(p, p.k, c, key_head, t.k, rstd);
+  load_keys(p, p.q, c, key_head, w.q, rstd);
   load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, rows, V, w.d_o);
   decay_scores(gates, rows, scale, shared.kk, shared.qk, t.G, w.P, w.decay);
   for (int64_t i = 0; i < rows; ++i) {
     scale_row(gates.beta[i], u_hat.row(i), 0.0F, t.u.row(i), Vp);
   }
-  transpose(rows, Kp, keys.q, w.qT);
   transpose(rows, Vp, t.u, w.uT);
-  transpose(Kp, Vp, S, w.ST.tile);
-  transpose(Kp, Vp, d_S, w.d_ST.tile);
-  w.d_S_right.tile = d_S;
-  prepare(w.d_S_right, Kp, Vp);
-  prepare(w.ST, Vp, Kp);
-  prepare(w.d_ST, Vp, Kp);
-  prepare(w.qT_left, w.qT, Kp, rows);
-  prepare(w.d_o_left, w.d_o, rows, Vp);
-  prepare(w.u_left, t.u, rows, Vp);
-  prepare(w.uT_right, Vp, rows);
+  transpose(Kp, Vp, S, w.ST);
+  transpose(Kp, Vp, d_S, w.d_ST);
 
   // dU, then Z in its place, and dV.
-  multiply<Into::set>(rows, Vp, K, keys.k_left, w.d_S_right, w.d_u, {gates.to_end});
+  matmul<Into::set>(rows, Vp, K, plain(t.k), d_S, w.d_u, {gates.to_end});
   matmul<Into::add, Skip::a_below_diagonal>(rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
   solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
   store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
-  prepare(w.d_v_left, w.d_v, rows, Vp);
 
   // Gradients of the two score matrices, and what the gates need of them.
   StateProducts products = {};
-  multiply<Into::set, Skip::c_above_diagonal>(rows, rows, V, w.d_o_left, w.uT_right, w.d_P);
-  multiply<Into::set, Skip::c_above_diagonal>(rows, rows, V, w.d_v_left, w.uT_right, w.d_G);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
   score_gradients(w, rows, scale, shared.d_qk, shared.d_kk);
   crossing_sums(w.X, rows, products.crossing);
 
   // dQ and both parts of dK, without the products within the chunk.
-  multiply<Into::set>(rows, Kp, V, w.d_o_left, w.ST, w.d_q, {gates.read});
-  multiply<Into::set>(rows, Kp, V, w.d_v_left, w.ST, w.d_k_reader, {gates.minus_from_start});
-  multiply<Into::set>(rows, Kp, V, w.u_left, w.d_ST, w.d_k_writer, {gates.to_end});
+  matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q, {gates.read});
+  matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader, {gates.minus_from_start});
+  matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer, {gates.to_end});
   for (int64_t i = 0; i < rows; ++i) {
-    products.read[i] = add_and_dot(w.d_q.row(i), keys.q.row(i), Kp, shared.d_q.row(i)) +
-                       add_and_dot(w.d_k_reader.row(i), keys.k.row(i), Kp, shared.d_k.row(i));
-    products.written[i] =
-        add_and_dot(w.d_k_writer.row(i), keys.k.row(i), Kp, shared.d_k.row(i));
+    products.read[i] = add_and_dot(w.d_q.row(i), w.q.row(i), Kp, shared.d_q.row(i)) +
+                       add_and_dot(w.d_k_reader.row(i), t.k.row(i), Kp, shared.d_k.row(i));
+    products.written[i] = add_and_dot(w.d_k_writer.row(i), t.k.row(i), Kp, shared.d_k.row(i));
   }
   products.through = 0.0;
   for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), S.row(i), Vp);
   products.through *= gates.whole;
   store_gate_gradients(p, c, h, u_hat, products, w);
 
-  // dS.
+  // dS; q and k are not needed again.
   for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.read[i], w.d_o.row(i), 0.0F, w.d_o_read.tile.row(i), Vp);
-    scale_row(gates.minus_from_start[i], w.d_v.row(i), 0.0F, w.d_v_from_start.tile.row(i), Vp);
+    scale_row(gates.read[i], w.q.row(i), 0.0F, w.q.row(i), Kp);
+    scale_row(gates.minus_from_start[i], t.k.row(i), 0.0F, t.k.row(i), Kp);
   }
-  prepare(w.d_o_read, rows, Vp);
-  prepare(w.d_v_from_start, rows, Vp);
-  multiply<Into::add>(Kp, Vp, rows, w.qT_left, w.d_o_read, d_S, {.keep = gates.whole});
-  multiply<Into::add>(Kp, Vp, rows, keys.kT_left, w.d_v_from_start, d_S);
+  matmul<Into::add>(Kp, Vp, rows, transposed(w.q), w.d_o, d_S, {.keep = gates.whole});
+  matmul<Into::add>(Kp, Vp, rows, transposed(t.k), w.d_v, d_S);
 }
 
-/// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one. With
-/// y = f x, f = (sum(x^2) + eps)^-1/2, and e = f dy, the gradient so far: dx = e - f^2 x (x . e).
+/// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
+/// y = x r with r = (sum(x^2) + eps)^-1/2, dx = r (dy - y (y . dy)). x holds y.
 void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& output, const Chunk& c,
-                        int64_t key_head, const Tile& gradient, const Tile& x,
-                        const float* factors) {
+                        int64_t key_head, const Tile& gradient, const Tile& x, const float* rstd) {
   for (int64_t i = 0; p.qk_l2norm && i < c.tokens; ++i) {
-    const float along = factors[i] * dot(x.row(i), gradient.row(i), padded(p.K));
-    scale_row(-factors[i] * along, x.row(i), 1.0F, gradient.row(i), padded(p.K));
+    const float along = dot(x.row(i), gradient.row(i), padded(p.K));
+    scale_row(-rstd[i] * along, x.row(i), rstd[i], gradient.row(i), padded(p.K));
   }
   store_tokens(output, p.dtype, c.b, c.t, key_head, c.tokens, p.K, gradient);
 }
@@ -335,8 +316,10 @@ void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& out
 /// The scores of one chunk, and zeros in its sums.
 void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
                      const SharedTiles& shared, BackwardWorkspace& w) {
-  load_keys(p, c.b, c.t, key_head, c.tokens, w.keys);
-  score_products(w.keys, c.rows, p.K, shared.kk, shared.qk);
+  HWY_ALIGN float rstd[kMaxChunk];
+  load_keys(p, p.k, c, key_head, w.tiles.k, rstd);
+  load_keys(p, p.q, c, key_head, w.q, rstd);
+  score_products(w.tiles.k, w.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
   for (const Tile& sum : {shared.d_kk, shared.d_qk}) clear_rows(sum, c.rows, c.rows);
   for (const Tile& sum : {shared.d_q, shared.d_k}) clear_rows(sum, c.rows, p.K);
 }
@@ -344,19 +327,18 @@ void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t ke
 /// dQ and dK of one chunk, from what its value heads summed up.
 void finish_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
                       const SharedTiles& shared, BackwardWorkspace& w) {
+  HWY_ALIGN float q_rstd[kMaxChunk], k_rstd[kMaxChunk];
   const int64_t rows = c.rows, Kp = padded(p.K);
-  KeyTiles& keys = w.keys;
-  load_keys(p, c.b, c.t, key_head, c.tokens, keys);
-  scale_lower(keys.factors.q, keys.factors.k, rows, shared.d_qk);
-  scale_lower(keys.factors.k, keys.factors.k, rows, shared.d_kk);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_qk), keys.k, shared.d_q);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_kk), keys.k, shared.d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_qk), keys.q,
+  const Tile& k = w.tiles.k;
+  load_keys(p, p.k, c, key_head, k, k_rstd);
+  load_keys(p, p.q, c, key_head, w.q, q_rstd);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_qk), k, shared.d_q);
+  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_kk), k, shared.d_k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_qk), w.q,
                                             shared.d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_kk), keys.k,
-                                            shared.d_k);
-  store_key_gradient(p, p.d_q, c, key_head, shared.d_q, keys.q, keys.factors.q);
-  store_key_gradient(p, p.d_k, c, key_head, shared.d_k, keys.k, keys.factors.k);
+  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_kk), k, shared.d_k);
+  store_key_gradient(p, p.d_q, c, key_head, shared.d_q, w.q, q_rstd);
+  store_key_gradient(p, p.d_k, c, key_head, shared.d_k, k, k_rstd);
 }
 
 /// The chunks of one segment: `tokens` tokens from the token t of batch row b.
@@ -414,9 +396,7 @@ void chunk_backward(const GatedDeltaRuleBackward& p) {
   for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).tokens);
   const int64_t chunks = (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
   p.parallel_for(p.N * p.H, [&](int64_t begin, int64_t end) {
-    const Pieces pieces(p.dtype);
-    const MatrixUnit unit(pieces.any());
-    BackwardWorkspace workspace(p.chunk_size, p.K, p.V, p.HV / p.H, chunks, pieces);
+    BackwardWorkspace workspace(p.chunk_size, p.K, p.V, p.HV / p.H, chunks);
     for (int64_t i = begin; i < end; ++i) backward_group(p, i / p.H, i % p.H, workspace);
   });
 }

@@ -88,14 +88,6 @@ bool in_place(const GatedDeltaRuleForward& p) {
   return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0;
 }
 
-/// Rows of x become x * rsqrt(sum(x^2) + eps).
-void l2_normalize(const Tile& x, int64_t rows, int64_t columns, float* factors) {
-  norm_factors(x, rows, columns, /*norm=*/true, factors);
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(factors[i], x.row(i), 0.0F, x.row(i), padded(columns));
-  }
-}
-
 void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentWorkspace& w) {
   const Sequence seq = sequence(p, n);
   const int64_t state_offset = (n * p.HV + h) * p.K * p.V;

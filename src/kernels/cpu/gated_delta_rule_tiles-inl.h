@@ -20,7 +20,7 @@
 #include <hwy/contrib/math/math-inl.h>
 
 #include <gdn/kernels/cpu/element_type.h>
-#include <gdn/kernels/cpu/product-inl.h>
+#include <gdn/kernels/cpu/matmul-inl.h>
 #include <gdn/kernels/cpu/simd-inl.h>
 #include <gdn/kernels/gated_delta_rule.h>
 
@@ -44,17 +44,6 @@ class Workspace {
     const Tile tile = {next_, tile_stride(columns)};
     next_ += tile_floats(rows, columns);
     return tile;
-  }
-
-  /// Memory of a packed factor; none where the vector units multiply (no pieces).
-  static int64_t packed_floats(int64_t outer, int64_t inner, int pieces) {
-    return pieces * Packed::tiles(outer, inner) * Packed::kTile / 2;
-  }
-  Packed packed(int64_t outer, int64_t inner, int pieces) {
-    if (pieces == 0) return {};
-    auto* data = reinterpret_cast<uint16_t*>(next_);
-    next_ += packed_floats(outer, inner, pieces);
-    return {data, pieces, Packed::tiles(outer, inner) * Packed::kTile, 0};
   }
 
  private:
@@ -91,9 +80,9 @@ inline void load_tokens(const ConstView4& view, DType dtype, int64_t b, int64_t 
   }
 }
 
-/// The inverse of load_tokens, times `factor`.
+/// The inverse of load_tokens.
 inline void store_tokens(const MutableView4& view, DType dtype, int64_t b, int64_t t, int64_t h,
-                         int64_t tokens, int64_t columns, const Tile& tile, float factor = 1.0F) {
+                         int64_t tokens, int64_t columns, const Tile& tile) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   with_element_type(dtype, [&](auto* type) {
@@ -102,8 +91,7 @@ inline void store_tokens(const MutableView4& view, DType dtype, int64_t b, int64
                   h * view.stride_h;
     for (int64_t i = 0; i < tokens; ++i, to += view.stride_t) {
       for (int64_t j = 0; j < columns; j += lanes) {
-        StoreF32(d, hn::Mul(hn::Set(d, factor), hn::Load(d, tile.row(i) + j)), to + j,
-                 std::min(lanes, columns - j));
+        StoreF32(d, hn::Load(d, tile.row(i) + j), to + j, std::min(lanes, columns - j));
       }
     }
   });
@@ -134,11 +122,11 @@ HWY_INLINE void scale_row(float factor, const float* from, float keep, float* to
   }
 }
 
-/// What the L2 norm multiplies each row of x with, or ones.
-inline void norm_factors(const Tile& x, int64_t rows, int64_t columns, bool norm, float* factors) {
+/// Rows of x become x * rsqrt(sum(x^2) + eps); the factors go to `rstd`.
+inline void l2_normalize(const Tile& x, int64_t rows, int64_t columns, float* rstd) {
   for (int64_t i = 0; i < rows; ++i) {
-    factors[i] =
-        norm ? 1.0F / std::sqrt(dot(x.row(i), x.row(i), padded(columns)) + kL2NormEps) : 1.0F;
+    rstd[i] = 1.0F / std::sqrt(dot(x.row(i), x.row(i), padded(columns)) + kL2NormEps);
+    scale_row(rstd[i], x.row(i), 0.0F, x.row(i), padded(columns));
   }
 }
 
@@ -165,20 +153,15 @@ inline void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, f
   }
 }
 
-/// Factors of the rows of a chunk's queries and keys: the L2 norm's, or ones.
-struct KeyFactors {
-  HWY_ALIGN float q[kMaxChunk], k[kMaxChunk];
-};
-
 /// Gates of one chunk. b_i = sum of g up to and with token i, kept as a sum of two floats: the
-/// difference of two large sums then loses nothing. What multiplies queries and keys holds their
-/// factors too.
+/// difference of two large sums then loses nothing.
 struct ChunkGates {
   HWY_ALIGN float b_high[kMaxChunk], b_low[kMaxChunk];
   HWY_ALIGN float beta[kMaxChunk];
-  HWY_ALIGN float minus_from_start[kMaxChunk];  // -exp(b_i), times k's factor
-  HWY_ALIGN float read[kMaxChunk];              // scale exp(b_i), times q's factor
-  HWY_ALIGN float to_end[kMaxChunk];            // exp(b_C - b_i), times k's factor
+  HWY_ALIGN float from_start[kMaxChunk];        // exp(b_i)
+  HWY_ALIGN float minus_from_start[kMaxChunk];  // -exp(b_i)
+  HWY_ALIGN float read[kMaxChunk];              // scale exp(b_i)
+  HWY_ALIGN float to_end[kMaxChunk];            // exp(b_C - b_i)
   float whole;                                  // exp(b_C)
 };
 
@@ -192,7 +175,7 @@ HWY_INLINE hn::Vec<D> exp_of_sum(D d, hn::Vec<D> high, hn::Vec<D> low) {
 /// g, beta: the chunk's first token and head; stride: floats between tokens. Padding rows [tokens,
 /// rows) get g = 0 and beta = 0.
 inline void load_gates(const float* g, const float* beta, int64_t stride, int64_t tokens,
-                       int64_t rows, float scale, const KeyFactors& factors, ChunkGates& gates) {
+                       int64_t rows, float scale, ChunkGates& gates) {
   // exp of anything below is 0 in fp32: nothing is lost, and -inf cannot make a NaN.
   constexpr float kLowestGate = -200.0F;
   const F32 d;
@@ -215,14 +198,13 @@ inline void load_gates(const float* g, const float* beta, int64_t stride, int64_
   for (int64_t i = 0; i < rows; i += static_cast<int64_t>(hn::Lanes(d))) {
     const auto from_start =
         exp_of_sum(d, hn::Load(d, gates.b_high + i), hn::Load(d, gates.b_low + i));
-    const auto to_end = exp_of_sum(d, hn::Load(d, rest_high + i), hn::Load(d, rest_low + i));
-    const auto q = hn::Load(d, factors.q + i), k = hn::Load(d, factors.k + i);
-    hn::Store(hn::Mul(hn::Neg(from_start), k), d, gates.minus_from_start + i);
-    hn::Store(hn::Mul(hn::Mul(hn::Set(d, scale), from_start), q), d, gates.read + i);
-    hn::Store(hn::Mul(to_end, k), d, gates.to_end + i);
+    hn::Store(from_start, d, gates.from_start + i);
+    hn::Store(hn::Neg(from_start), d, gates.minus_from_start + i);
+    hn::Store(hn::Mul(hn::Set(d, scale), from_start), d, gates.read + i);
+    hn::Store(exp_of_sum(d, hn::Load(d, rest_high + i), hn::Load(d, rest_low + i)), d,
+              gates.to_end + i);
   }
-  gates.whole = hn::GetLane(exp_of_sum(d, hn::Set(d, gates.b_high[rows - 1]),
-                                       hn::Set(d, gates.b_low[rows - 1])));
+  gates.whole = gates.from_start[rows - 1];
 }
 
 /// G = strict_lower(K K^T) o D and P = scale lower(Q K^T) o D with D_ij = exp(b_i - b_j), from the
@@ -257,7 +239,8 @@ inline void decay_scores(const ChunkGates& gates, int64_t rows, float scale, con
   }
 }
 
-/// Rows [block, block + kMicroRows) of the forward solve, kVectors vectors of columns from `column`.
+/// Rows [block, block + kMicroRows) of the forward solve, kVectors vectors of columns from
+/// `column`.
 template <int kVectors>
 HWY_INLINE void solve_rows_forward(const Tile& G, const float* beta, int64_t block, int64_t column,
                                    const Tile& r, const Tile& u) {
@@ -286,7 +269,7 @@ HWY_INLINE void solve_rows_forward(const Tile& G, const float* beta, int64_t blo
 /// Solves U^_i = R_i - sum_{j<i} G_ij U_j with U = diag(beta) U^. `r` holds R and becomes U^.
 /// G [rows, rows] strictly lower; n columns, a multiple of kTileAlign.
 inline HWY_NOINLINE void solve_forward(const Tile& G, const float* beta, int64_t rows, int64_t n,
-                                const Tile& r, const Tile& u) {
+                                       const Tile& r, const Tile& u) {
   const int64_t panel = 2 * static_cast<int64_t>(hn::Lanes(F32()));
   for (int64_t column = 0; column < n; column += panel) {
     for (int64_t block = 0; block < rows; block += kMicroRows) {
@@ -331,7 +314,7 @@ HWY_INLINE void solve_rows_backward(const Tile& G, const float* beta, int64_t bl
 /// The transposed solve: Z_j = X_j - sum_{i>j} G_ij Y_i with Y = diag(beta) Z. `x` holds X and
 /// becomes Z.
 inline HWY_NOINLINE void solve_backward(const Tile& G, const float* beta, int64_t rows, int64_t n,
-                                 const Tile& x, const Tile& y) {
+                                        const Tile& x, const Tile& y) {
   const int64_t panel = 2 * static_cast<int64_t>(hn::Lanes(F32()));
   for (int64_t column = 0; column < n; column += panel) {
     for (int64_t block = rows - kMicroRows; block >= 0; block -= kMicroRows) {
@@ -344,117 +327,44 @@ inline HWY_NOINLINE void solve_backward(const Tile& G, const float* beta, int64_
   }
 }
 
-/// m_ij *= row_i column_j on the lower triangle; what is above may become anything.
-inline void scale_lower(const float* row, const float* column, int64_t rows, const Tile& m) {
-  const F32 d;
-  for (int64_t i = 0; i < rows; ++i) {
-    const auto factor = hn::Set(d, row[i]);
-    for (int64_t j = 0; j <= i; j += static_cast<int64_t>(hn::Lanes(d))) {
-      const auto both = hn::Mul(factor, hn::Load(d, column + j));
-      hn::Store(hn::Mul(both, hn::Load(d, m.row(i) + j)), d, m.row(i) + j);
-    }
-  }
-}
-
-/// Pieces that hold any number of a dtype, for the matrix unit: bf16 has 8 bits, fp16 11.
-inline int pieces_of(DType dtype) {
-  return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : kAllPieces;
-}
-
-/// Pieces of factors in fp32 and of queries and keys; none where the vector units multiply.
-struct Pieces {
-  int all, keys;
-  explicit Pieces(DType dtype)
-      : all(multiplies_on_matrix_unit() ? kAllPieces : 0),
-        keys(multiplies_on_matrix_unit() ? pieces_of(dtype) : 0) {}
-  bool any() const { return all > 0; }
-};
-
-/// Queries and keys of one chunk as they are in memory, and their factors.
-struct KeyTiles {
-  Tile q, k;  // [C, K]
-  Tile kT;    // [K, C]
-  Left q_left, k_left, kT_left;
-  Right kT_right;
-  KeyFactors factors;
-
-  static int64_t floats(int64_t C, int64_t K, const Pieces& pieces) {
-    return 2 * Workspace::tile_floats(C, K) + Workspace::tile_floats(K, C) +
-           2 * Workspace::packed_floats(C, K, pieces.keys) +
-           Workspace::packed_floats(K, C, pieces.keys) +
-           Workspace::packed_floats(C, K, pieces.keys);
-  }
-  KeyTiles(Workspace& w, int64_t C, int64_t K, const Pieces& pieces)
-      : q(w.tile(C, K)),
-        k(w.tile(C, K)),
-        kT(w.tile(K, C)),
-        q_left{plain(q), w.packed(C, K, pieces.keys)},
-        k_left{plain(k), w.packed(C, K, pieces.keys)},
-        kT_left{transposed(k), w.packed(K, C, pieces.keys)},
-        kT_right{kT, w.packed(C, K, pieces.keys)} {}
-};
-
-/// Tokens [t, t + tokens) of row b, key head h, and all that products of them need.
-inline void load_keys(const GatedDeltaRuleProblem& p, int64_t b, int64_t t, int64_t h,
-                      int64_t tokens, KeyTiles& keys) {
-  const int64_t rows = padded(tokens);
-  load_tokens(p.q, p.dtype, b, t, h, tokens, rows, p.K, keys.q);
-  load_tokens(p.k, p.dtype, b, t, h, tokens, rows, p.K, keys.k);
-  norm_factors(keys.q, rows, p.K, p.qk_l2norm, keys.factors.q);
-  norm_factors(keys.k, rows, p.K, p.qk_l2norm, keys.factors.k);
-  transpose(rows, padded(p.K), keys.k, keys.kT);
-  prepare(keys.q_left, keys.q, rows, padded(p.K));
-  prepare(keys.k_left, keys.k, rows, padded(p.K));
-  prepare(keys.kT_left, keys.kT, padded(p.K), rows);
-}
-
-/// The lower triangles of K K^T and Q K^T, which all value heads of a key head share.
-inline void score_products(KeyTiles& keys, int64_t rows, int64_t K, const Tile& kk,
-                           const Tile& qk) {
-  prepare(keys.kT_right, padded(K), rows);
-  multiply<Into::set, Skip::c_above_diagonal>(rows, rows, K, keys.k_left, keys.kT_right, kk);
-  multiply<Into::set, Skip::c_above_diagonal>(rows, rows, K, keys.q_left, keys.kT_right, qk);
-  scale_lower(keys.factors.k, keys.factors.k, rows, kk);
-  scale_lower(keys.factors.q, keys.factors.k, rows, qk);
-}
-
 /// Tiles of one chunk that its state recurrence needs.
 struct StateTiles {
-  Tile v;          // [C, V]
-  Tile u;          // [C, V]
-  Tile G;          // [C, C], strict_lower(K K^T) o D
-  Right S;         // [K, V], whose tile is the state at hand
-  Right u_to_end;  // [C, V], diag(exp(b_C - b)) U
-  static int64_t floats(int64_t C, int64_t K, int64_t V, const Pieces& pieces) {
-    return 3 * Workspace::tile_floats(C, V) + Workspace::tile_floats(C, C) +
-           Workspace::packed_floats(V, K, pieces.all) + Workspace::packed_floats(V, C, pieces.all);
+  Tile k;  // [C, K]
+  Tile v;  // [C, V]
+  Tile u;  // [C, V]
+  Tile G;  // [C, C], strict_lower(K K^T) o D
+  static int64_t floats(int64_t C, int64_t K, int64_t V) {
+    return Workspace::tile_floats(C, K) + 2 * Workspace::tile_floats(C, V) +
+           Workspace::tile_floats(C, C);
   }
-  StateTiles(Workspace& w, int64_t C, int64_t K, int64_t V, const Pieces& pieces)
-      : v(w.tile(C, V)),
-        u(w.tile(C, V)),
-        G(w.tile(C, C)),
-        S{{}, w.packed(V, K, pieces.all)},
-        u_to_end{w.tile(C, V), w.packed(V, C, pieces.all)} {}
+  StateTiles(Workspace& w, int64_t C, int64_t K, int64_t V)
+      : k(w.tile(C, K)), v(w.tile(C, V)), u(w.tile(C, V)), G(w.tile(C, C)) {}
 };
 
+/// The lower triangles of K K^T and Q K^T, which all value heads of a key head share. kT [K, C] is
+/// scratch. Without memory for q there is no Q K^T.
+inline void score_products(const Tile& k, const Tile& q, int64_t rows, int64_t K, const Tile& kT,
+                           const Tile& kk, const Tile& qk) {
+  transpose(rows, padded(K), k, kT);
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(k), kT, kk);
+  if (q.data == nullptr) return;
+  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(q), kT, qk);
+}
+
 /// t.v holds V and becomes U^ = U / beta; t.u becomes U. S is the state at the chunk's start.
-inline void solve_chunk(const KeyTiles& keys, StateTiles& t, const ChunkGates& gates, const Tile& S,
-                        int64_t rows, int64_t K, int64_t V) {
-  t.S.tile = S;
-  prepare(t.S, padded(K), padded(V));
-  multiply<Into::add>(rows, padded(V), K, keys.k_left, t.S, t.v, {gates.minus_from_start});
+inline void solve_chunk(const StateTiles& t, const ChunkGates& gates, const Tile& S, int64_t rows,
+                        int64_t K, int64_t V) {
+  matmul<Into::add>(rows, padded(V), K, plain(t.k), S, t.v, {gates.minus_from_start});
   solve_forward(t.G, gates.beta, rows, padded(V), t.v, t.u);
 }
 
-/// S <- exp(b_C) S + K^T diag(exp(b_C - b)) U.
-inline void update_state(const KeyTiles& keys, StateTiles& t, const ChunkGates& gates,
-                         const Tile& S, int64_t rows, int64_t K, int64_t V) {
+/// S <- exp(b_C) S + K^T diag(exp(b_C - b)) U. t.u becomes the decayed U.
+inline void update_state(const StateTiles& t, const ChunkGates& gates, const Tile& S, int64_t rows,
+                         int64_t K, int64_t V) {
   for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.to_end[i], t.u.row(i), 0.0F, t.u_to_end.tile.row(i), padded(V));
+    scale_row(gates.to_end[i], t.u.row(i), 0.0F, t.u.row(i), padded(V));
   }
-  prepare(t.u_to_end, rows, padded(V));
-  multiply<Into::add>(padded(K), padded(V), rows, keys.kT_left, t.u_to_end, S,
-                      {.keep = gates.whole});
+  matmul<Into::add>(padded(K), padded(V), rows, transposed(t.k), t.u, S, {.keep = gates.whole});
 }
 
 /// Value heads of one key head that one task takes through the sequence together: they share the
