@@ -40,30 +40,33 @@ namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
 /// What all value heads of a key head share in one chunk, and sum up there.
 struct SharedTiles {
+  Tile q, k;        // [C, K], k right below q; normalised where the problem asks for it
   Tile kk, qk;      // [C, C], lower triangles
   Tile d_kk, d_qk;  // [C, C], sums of dG and dP over the value heads
   Tile d_q, d_k;    // [C, K], sums over the value heads
   static int64_t floats(int64_t C, int64_t K) {
-    return 4 * Workspace::tile_floats(C, C) + 2 * Workspace::tile_floats(C, K);
+    return 4 * Workspace::tile_floats(C, C) + Workspace::tile_floats(2 * C, K) +
+           2 * Workspace::tile_floats(C, K);
   }
   SharedTiles(Workspace& w, int64_t C, int64_t K)
-      : kk(w.tile(C, C)),
+      : q(w.tile(2 * C, K)),
+        kk(w.tile(C, C)),
         qk(w.tile(C, C)),
         d_kk(w.tile(C, C)),
         d_qk(w.tile(C, C)),
         d_q(w.tile(C, K)),
         d_k(w.tile(C, K)) {}
+  HWY_ALIGN float q_rstd[kMaxChunk], k_rstd[kMaxChunk];  // the norm's factors
 };
 
 /// Buffers for one key head at a time.
 struct BackwardWorkspace {
   Workspace memory;
   StateTiles tiles;
-  Tile q;                            // [C, K]
   Tile kT;                           // [K, C]
   Tile decay, P, d_P, d_G, X;        // [C, C]
-  Tile d_o;                          // [C, V]
-  Tile d_u, d_v;                     // [C, V]
+  Tile d_o, d_v;                     // [C, V], d_v right below d_o
+  Tile d_u;                          // [C, V]
   Tile uT;                           // [V, C]
   Tile ST, d_ST;                     // [V, K]
   Tile d_q, d_k_reader, d_k_writer;  // [C, K]
@@ -72,26 +75,25 @@ struct BackwardWorkspace {
   std::vector<Tile> u_hat;           // [C, V], a chunk each
   std::vector<SharedTiles> shared;   // a chunk each
   ChunkGates gates;
+  Ahead ahead;
 
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, K, V) + 4 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
-           3 * tile(C, V) + tile(V, C) + 2 * tile(V, K) + group * tile(K, V) +
+    return StateTiles::floats(C, V) + 3 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
+           tile(2 * C, V) + tile(C, V) + tile(V, C) + 2 * tile(V, K) + group * tile(K, V) +
            chunks * (tile(K, V) + tile(C, V) + SharedTiles::floats(C, K));
   }
   BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
       : memory(floats(C, K, V, group, chunks)),
-        tiles(memory, C, K, V),
-        q(memory.tile(C, K)),
+        tiles(memory, C, V),
         kT(memory.tile(K, C)),
         decay(memory.tile(C, C)),
         P(memory.tile(C, C)),
         d_P(memory.tile(C, C)),
         d_G(memory.tile(C, C)),
         X(memory.tile(C, C)),
-        d_o(memory.tile(C, V)),
+        d_o(memory.tile(2 * C, V)),
         d_u(memory.tile(C, V)),
-        d_v(memory.tile(C, V)),
         uT(memory.tile(V, C)),
         ST(memory.tile(V, K)),
         d_ST(memory.tile(V, K)),
@@ -112,21 +114,10 @@ struct Chunk {
   int64_t b, t, tokens, rows;
 };
 
-void copy_rows(const Tile& from, int64_t rows, int64_t columns, const Tile& to) {
-  for (int64_t i = 0; i < rows; ++i) scale_row(1.0F, from.row(i), 0.0F, to.row(i), padded(columns));
-}
-
 void clear_rows(const Tile& tile, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
     std::memset(tile.row(i), 0, static_cast<size_t>(padded(columns)) * sizeof(float));
   }
-}
-
-/// q or k of one chunk, normalised where the problem asks for it.
-void load_keys(const GatedDeltaRuleBackward& p, const ConstView4& view, const Chunk& c,
-               int64_t key_head, const Tile& to, float* rstd) {
-  load_tokens(view, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, to);
-  if (p.qk_l2norm) l2_normalize(to, c.rows, p.K, rstd);
 }
 
 void load_chunk_gates(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
@@ -136,22 +127,17 @@ void load_chunk_gates(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h
              c.tokens, c.rows, static_cast<float>(p.scale), gates);
 }
 
-/// Fills w.S and w.u_hat for the segment's chunks; w.S[0] holds the state at the segment's start.
-void replay(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, int64_t h,
-            BackwardWorkspace& w) {
-  HWY_ALIGN float rstd[kMaxChunk];
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    const Chunk& c = chunks[i];
-    load_chunk_gates(p, c, h, w.gates);
-    load_keys(p, p.k, c, h / (p.HV / p.H), w.tiles.k, rstd);
-    decay_scores(w.gates, c.rows, 1.0F, w.shared[i].kk, {}, w.tiles.G, {}, {});
-    load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.tiles.v);
-    solve_chunk(w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
-    copy_rows(w.tiles.v, c.rows, p.V, w.u_hat[i]);
-    if (i + 1 == chunks.size()) break;
-    copy_rows(w.S[i], p.K, p.V, w.S[i + 1]);
-    update_state(w.tiles, w.gates, w.S[i + 1], c.rows, p.K, p.V);
-  }
+/// From the state w.S[i] at the start of the segment's chunk i, w.u_hat[i] and the next state.
+void replay_chunk(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, size_t i,
+                  int64_t h, BackwardWorkspace& w) {
+  const Chunk& c = chunks[i];
+  const SharedTiles& shared = w.shared[i];
+  load_chunk_gates(p, c, h, w.gates);
+  decay_scores(w.gates, c.rows, 1.0F, shared.kk, {}, w.tiles.G, {}, {});
+  load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.u_hat[i]);
+  solve_chunk(w.ahead, shared.k, w.u_hat[i], w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
+  if (i + 1 == chunks.size()) return;
+  update_state(w.ahead, shared.k, w.tiles, w.gates, w.S[i], w.S[i + 1], c.rows, p.K, p.V);
 }
 
 /// From d_P = dO U^T and d_G = dV U^T, lower triangles, in one pass:
@@ -248,15 +234,12 @@ HWY_INLINE float add_and_dot(const float* HWY_RESTRICT x, const float* HWY_RESTR
 void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
                    const Tile& u_hat, const Tile& d_S, const SharedTiles& shared,
                    BackwardWorkspace& w) {
-  HWY_ALIGN float rstd[kMaxChunk];
   const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
-  const int64_t key_head = h / (p.HV / p.H);
   const auto scale = static_cast<float>(p.scale);
   const StateTiles& t = w.tiles;
   const ChunkGates& gates = w.gates;
   load_chunk_gates(p, c, h, w.gates);
-  load_keys(p, p.k, c, key_head, t.k, rstd);
-  load_keys(p, p.q, c, key_head, w.q, rstd);
+  w.d_v = below(w.d_o, rows);
   load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, rows, V, w.d_o);
   decay_scores(gates, rows, scale, shared.kk, shared.qk, t.G, w.P, w.decay);
   for (int64_t i = 0; i < rows; ++i) {
@@ -267,39 +250,40 @@ void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, c
   transpose(Kp, Vp, d_S, w.d_ST);
 
   // dU, then Z in its place, and dV.
-  matmul<Into::set>(rows, Vp, K, plain(t.k), d_S, w.d_u, {gates.to_end});
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
+  matmul<Into::set>(w.ahead, rows, Vp, K, plain(shared.k), d_S, w.d_u, {gates.to_end});
+  matmul<Into::add, Skip::a_below_diagonal>(w.ahead, rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
   solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
   store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
 
   // Gradients of the two score matrices, and what the gates need of them.
   StateProducts products = {};
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_o), w.uT, w.d_P);
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, V, plain(w.d_v), w.uT, w.d_G);
+  matmul<Into::set, Skip::c_above_diagonal>(w.ahead, rows, rows, V, plain(w.d_o), w.uT, w.d_P);
+  matmul<Into::set, Skip::c_above_diagonal>(w.ahead, rows, rows, V, plain(w.d_v), w.uT, w.d_G);
   score_gradients(w, rows, scale, shared.d_qk, shared.d_kk);
   crossing_sums(w.X, rows, products.crossing);
 
   // dQ and both parts of dK, without the products within the chunk.
-  matmul<Into::set>(rows, Kp, V, plain(w.d_o), w.ST, w.d_q, {gates.read});
-  matmul<Into::set>(rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader, {gates.minus_from_start});
-  matmul<Into::set>(rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer, {gates.to_end});
+  matmul<Into::set>(w.ahead, rows, Kp, V, plain(w.d_o), w.ST, w.d_q, {gates.read});
+  matmul<Into::set>(w.ahead, rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader,
+                    {gates.minus_from_start});
+  matmul<Into::set>(w.ahead, rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer, {gates.to_end});
   for (int64_t i = 0; i < rows; ++i) {
-    products.read[i] = add_and_dot(w.d_q.row(i), w.q.row(i), Kp, shared.d_q.row(i)) +
-                       add_and_dot(w.d_k_reader.row(i), t.k.row(i), Kp, shared.d_k.row(i));
-    products.written[i] = add_and_dot(w.d_k_writer.row(i), t.k.row(i), Kp, shared.d_k.row(i));
+    products.read[i] = add_and_dot(w.d_q.row(i), shared.q.row(i), Kp, shared.d_q.row(i)) +
+                       add_and_dot(w.d_k_reader.row(i), shared.k.row(i), Kp, shared.d_k.row(i));
+    products.written[i] = add_and_dot(w.d_k_writer.row(i), shared.k.row(i), Kp, shared.d_k.row(i));
   }
   products.through = 0.0;
   for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), S.row(i), Vp);
   products.through *= gates.whole;
   store_gate_gradients(p, c, h, u_hat, products, w);
 
-  // dS; q and k are not needed again.
+  // dS, from Q over K and dO over dV, which are not needed again.
   for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.read[i], w.q.row(i), 0.0F, w.q.row(i), Kp);
-    scale_row(gates.minus_from_start[i], t.k.row(i), 0.0F, t.k.row(i), Kp);
+    scale_row(gates.read[i], w.d_o.row(i), 0.0F, w.d_o.row(i), Vp);
+    scale_row(gates.minus_from_start[i], w.d_v.row(i), 0.0F, w.d_v.row(i), Vp);
   }
-  matmul<Into::add>(Kp, Vp, rows, transposed(w.q), w.d_o, d_S, {.keep = gates.whole});
-  matmul<Into::add>(Kp, Vp, rows, transposed(t.k), w.d_v, d_S);
+  matmul<Into::add>(w.ahead, Kp, Vp, 2 * rows, transposed(shared.q), w.d_o, d_S,
+                    {.keep = gates.whole});
 }
 
 /// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
@@ -313,32 +297,33 @@ void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& out
   store_tokens(output, p.dtype, c.b, c.t, key_head, c.tokens, p.K, gradient);
 }
 
-/// The scores of one chunk, and zeros in its sums.
+/// Queries, keys and scores of one chunk, and zeros in its sums.
 void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
-                     const SharedTiles& shared, BackwardWorkspace& w) {
-  HWY_ALIGN float rstd[kMaxChunk];
-  load_keys(p, p.k, c, key_head, w.tiles.k, rstd);
-  load_keys(p, p.q, c, key_head, w.q, rstd);
-  score_products(w.tiles.k, w.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
+                     SharedTiles& shared, BackwardWorkspace& w) {
+  shared.k = below(shared.q, c.rows);
+  load_tokens(p.q, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.q);
+  load_tokens(p.k, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.k);
+  if (p.qk_l2norm) {
+    l2_normalize(shared.q, c.rows, p.K, shared.q_rstd);
+    l2_normalize(shared.k, c.rows, p.K, shared.k_rstd);
+  }
+  score_products(w.ahead, shared.k, shared.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
   for (const Tile& sum : {shared.d_kk, shared.d_qk}) clear_rows(sum, c.rows, c.rows);
   for (const Tile& sum : {shared.d_q, shared.d_k}) clear_rows(sum, c.rows, p.K);
 }
 
 /// dQ and dK of one chunk, from what its value heads summed up.
 void finish_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
-                      const SharedTiles& shared, BackwardWorkspace& w) {
-  HWY_ALIGN float q_rstd[kMaxChunk], k_rstd[kMaxChunk];
+                      const SharedTiles& shared, Ahead& ahead) {
   const int64_t rows = c.rows, Kp = padded(p.K);
-  const Tile& k = w.tiles.k;
-  load_keys(p, p.k, c, key_head, k, k_rstd);
-  load_keys(p, p.q, c, key_head, w.q, q_rstd);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_qk), k, shared.d_q);
-  matmul<Into::add, Skip::a_above_diagonal>(rows, Kp, rows, plain(shared.d_kk), k, shared.d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_qk), w.q,
-                                            shared.d_k);
-  matmul<Into::add, Skip::a_below_diagonal>(rows, Kp, rows, transposed(shared.d_kk), k, shared.d_k);
-  store_key_gradient(p, p.d_q, c, key_head, shared.d_q, w.q, q_rstd);
-  store_key_gradient(p, p.d_k, c, key_head, shared.d_k, k, k_rstd);
+  const Tile &q = shared.q, &k = shared.k;
+  constexpr auto kLower = Skip::a_above_diagonal, kUpper = Skip::a_below_diagonal;
+  matmul<Into::add, kLower>(ahead, rows, Kp, rows, plain(shared.d_qk), k, shared.d_q);
+  matmul<Into::add, kLower>(ahead, rows, Kp, rows, plain(shared.d_kk), k, shared.d_k);
+  matmul<Into::add, kUpper>(ahead, rows, Kp, rows, transposed(shared.d_qk), q, shared.d_k);
+  matmul<Into::add, kUpper>(ahead, rows, Kp, rows, transposed(shared.d_kk), k, shared.d_k);
+  store_key_gradient(p, p.d_q, c, key_head, shared.d_q, q, shared.q_rstd);
+  store_key_gradient(p, p.d_k, c, key_head, shared.d_k, k, shared.k_rstd);
 }
 
 /// The chunks of one segment: `tokens` tokens from the token t of batch row b.
@@ -349,6 +334,34 @@ std::vector<Chunk> chunks_of(int64_t b, int64_t t, int64_t tokens, int64_t chunk
     chunks.push_back({b, t + done, here, padded(here)});
   }
   return chunks;
+}
+
+/// While value head h replays a chunk, what is read for the next chunk; the first head of a group
+/// reads the keys too.
+void look_ahead(const GatedDeltaRuleBackward& p, const Chunk& next, int64_t h, Ahead& ahead) {
+  const int64_t group = p.HV / p.H;
+  ahead.clear();
+  for (const ConstView4* x : {&p.k, &p.q}) {
+    if (h % group > 0) continue;
+    add_tokens(ahead, *x, p.dtype, next.b, next.t, h / group, next.tokens, p.K);
+  }
+  add_tokens(ahead, p.v, p.dtype, next.b, next.t, h, next.tokens, p.V);
+}
+
+/// While value head h goes back through a chunk, what it writes there and what is read for the
+/// chunk before it (null: none); the last head of a group writes the gradients of q and k too.
+void look_back(const GatedDeltaRuleBackward& p, const Chunk& c, const Chunk* next, int64_t h,
+               Ahead& ahead) {
+  const int64_t group = p.HV / p.H;
+  ahead.clear();
+  if (next != nullptr) {
+    add_tokens(ahead, p.d_o, p.dtype, next->b, next->t, h, next->tokens, p.V);
+  }
+  for (const MutableView4* x : {&p.d_k, &p.d_q}) {
+    if ((h + 1) % group > 0) continue;
+    add_tokens(ahead, *x, p.dtype, c.b, c.t, h / group, c.tokens, p.K);
+  }
+  add_tokens(ahead, p.d_v, p.dtype, c.b, c.t, h, c.tokens, p.V);
 }
 
 void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head,
@@ -367,20 +380,20 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
     const int64_t done = segment * kSegmentTokens;
     const auto chunks = chunks_of(seq.b, seq.first_token + done,
                                   std::min(kSegmentTokens, seq.tokens - done), p.chunk_size);
-    for (size_t c = 0; c < chunks.size(); ++c) {
-      begin_key_chunk(p, chunks[c], key_head, w.shared[c], w);
-    }
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = key_head * group + i;
       const int64_t state_index = (first_segment(p, n) + segment) * p.HV + h;
       load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, w.S[0]);
-      replay(p, chunks, h, w);
-      for (size_t c = chunks.size(); c-- > 0;) {
-        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i], w.shared[c], w);
+      for (size_t c = 0; c < chunks.size(); ++c) {
+        if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.shared[c], w);
+        if (c + 1 < chunks.size()) look_ahead(p, chunks[c + 1], h, w.ahead);
+        replay_chunk(p, chunks, c, h, w);
       }
-    }
-    for (size_t c = 0; c < chunks.size(); ++c) {
-      finish_key_chunk(p, chunks[c], key_head, w.shared[c], w);
+      for (size_t c = chunks.size(); c-- > 0;) {
+        look_back(p, chunks[c], c > 0 ? &chunks[c - 1] : nullptr, h, w.ahead);
+        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i], w.shared[c], w);
+        if (i + 1 == group) finish_key_chunk(p, chunks[c], key_head, w.shared[c], w.ahead);
+      }
     }
   }
 

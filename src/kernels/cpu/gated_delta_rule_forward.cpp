@@ -28,27 +28,30 @@ namespace gdn::kernels::cpu::HWY_NAMESPACE {
 struct ForwardWorkspace {
   Workspace memory;
   StateTiles tiles;
+  Tile q, k;            // [C, K]
   Tile kT;              // [K, C]
-  Tile q;               // [C, K]
   Tile kk, qk;          // [C, C]
   Tile P;               // [C, C]
-  Tile o;               // [C, V]
+  Tile v, o;            // [C, V]
   std::vector<Tile> S;  // [K, V], a value head each
   ChunkGates gates;
+  Ahead ahead;
 
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t heads) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, K, V) + tile(K, C) + tile(C, K) + 3 * tile(C, C) + tile(C, V) +
-           heads * tile(K, V);
+    return StateTiles::floats(C, V) + 2 * tile(C, K) + tile(K, C) + 3 * tile(C, C) +
+           2 * tile(C, V) + heads * tile(K, V);
   }
   ForwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t heads)
       : memory(floats(C, K, V, heads)),
-        tiles(memory, C, K, V),
-        kT(memory.tile(K, C)),
+        tiles(memory, C, V),
         q(memory.tile(C, K)),
+        k(memory.tile(C, K)),
+        kT(memory.tile(K, C)),
         kk(memory.tile(C, C)),
         qk(memory.tile(C, C)),
         P(memory.tile(C, C)),
+        v(memory.tile(C, V)),
         o(memory.tile(C, V)) {
     for (int64_t i = 0; i < heads; ++i) S.push_back(memory.tile(K, V));
   }
@@ -62,15 +65,30 @@ void forward_chunk(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t 
   const bool output = p.o.data != nullptr;
   load_gates(static_cast<const float*>(p.g) + gate, static_cast<const float*>(p.beta) + gate, p.HV,
              tokens, rows, scale, w.gates);
-  load_tokens(p.v, p.dtype, seq.b, t, h, tokens, rows, p.V, w.tiles.v);
+  load_tokens(p.v, p.dtype, seq.b, t, h, tokens, rows, p.V, w.v);
   decay_scores(w.gates, rows, scale, w.kk, w.qk, w.tiles.G, output ? w.P : Tile{}, {});
-  solve_chunk(w.tiles, w.gates, S, rows, p.K, p.V);
+  solve_chunk(w.ahead, w.k, w.v, w.tiles, w.gates, S, rows, p.K, p.V);
   if (output) {
-    matmul<Into::set>(rows, padded(p.V), p.K, plain(w.q), S, w.o, {w.gates.read});
-    matmul<Into::add, Skip::a_above_diagonal>(rows, padded(p.V), rows, plain(w.P), w.tiles.u, w.o);
+    matmul<Into::set>(w.ahead, rows, padded(p.V), p.K, plain(w.q), S, w.o, {w.gates.read});
+    matmul<Into::add, Skip::a_above_diagonal>(w.ahead, rows, padded(p.V), rows, plain(w.P),
+                                              w.tiles.u, w.o);
     store_tokens(p.o, p.dtype, seq.b, t, h, tokens, p.V, w.o);
   }
-  update_state(w.tiles, w.gates, S, rows, p.K, p.V);
+  update_state(w.ahead, w.k, w.tiles, w.gates, S, S, rows, p.K, p.V);
+}
+
+/// What value head h writes of the chunk at `done`, and what is read for the next chunk.
+void look_ahead(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t done, int64_t h,
+                bool keys, Ahead& ahead) {
+  const int64_t t = seq.first_token + done, next = t + p.chunk_size;
+  const int64_t tokens = std::min(p.chunk_size, seq.tokens - done);
+  const int64_t next_tokens = std::min(p.chunk_size, seq.tokens - done - p.chunk_size);
+  ahead.clear();
+  for (const ConstView4* x : {&p.k, &p.q}) {
+    if (keys) add_tokens(ahead, *x, p.dtype, seq.b, next, h / (p.HV / p.H), next_tokens, p.K);
+  }
+  add_tokens(ahead, p.v, p.dtype, seq.b, next, h, next_tokens, p.V);
+  add_tokens(ahead, p.o, p.dtype, seq.b, t, h, tokens, p.V);
 }
 
 /// Value heads [first_head, first_head + w.S.size()) of sequence n, all of one key head.
@@ -90,19 +108,20 @@ void forward_heads(const GatedDeltaRuleForward& p, int64_t n, int64_t first_head
     const int64_t t = seq.first_token + done;
     const int64_t tokens = std::min(p.chunk_size, seq.tokens - done), rows = padded(tokens);
     const bool output = p.o.data != nullptr;
-    load_tokens(p.k, p.dtype, seq.b, t, key_head, tokens, rows, p.K, w.tiles.k);
-    if (p.qk_l2norm) l2_normalize(w.tiles.k, rows, p.K, rstd);
+    load_tokens(p.k, p.dtype, seq.b, t, key_head, tokens, rows, p.K, w.k);
+    if (p.qk_l2norm) l2_normalize(w.k, rows, p.K, rstd);
     if (output) {
       load_tokens(p.q, p.dtype, seq.b, t, key_head, tokens, rows, p.K, w.q);
       if (p.qk_l2norm) l2_normalize(w.q, rows, p.K, rstd);
     }
-    score_products(w.tiles.k, output ? w.q : Tile{}, rows, p.K, w.kT, w.kk, w.qk);
+    score_products(w.ahead, w.k, output ? w.q : Tile{}, rows, p.K, w.kT, w.kk, w.qk);
     for (int64_t i = 0; i < heads; ++i) {
       if (p.segment_states != nullptr && done % kSegmentTokens == 0) {
         const int64_t segment = first_segment(p, n) + done / kSegmentTokens;
         store_state(w.S[i], p.K, p.V, /*v_first=*/false,
                     p.segment_states + (segment * p.HV + first_head + i) * state_size);
       }
+      look_ahead(p, seq, done, first_head + i, /*keys=*/i == 0, w.ahead);
       forward_chunk(p, seq, t, tokens, first_head + i, w.S[i], w);
     }
   }

@@ -51,6 +51,9 @@ class Workspace {
   float* next_;
 };
 
+/// What follows the first rows of a tile.
+inline Tile below(const Tile& tile, int64_t rows) { return {tile.row(rows), tile.stride}; }
+
 /// Sequence n of the problem: where its tokens are.
 struct Sequence {
   int64_t b, first_token, tokens;
@@ -78,6 +81,20 @@ inline void load_tokens(const ConstView4& view, DType dtype, int64_t b, int64_t 
   for (int64_t i = tokens; i < rows; ++i) {
     std::memset(tile.row(i), 0, static_cast<size_t>(padded(columns)) * sizeof(float));
   }
+}
+
+/// Adds what load_tokens or store_tokens will touch, if anything.
+template <typename View>
+void add_tokens(Ahead& ahead, const View& view, DType dtype, int64_t b, int64_t t, int64_t h,
+                int64_t tokens, int64_t columns) {
+  if (view.data == nullptr || tokens <= 0) return;
+  with_element_type(dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Element));
+    ahead.add(static_cast<const Element*>(view.data) + b * view.stride_b + t * view.stride_t +
+                  h * view.stride_h,
+              tokens, view.stride_t * kSize, columns * kSize);
+  });
 }
 
 /// The inverse of load_tokens.
@@ -327,44 +344,42 @@ inline HWY_NOINLINE void solve_backward(const Tile& G, const float* beta, int64_
   }
 }
 
-/// Tiles of one chunk that its state recurrence needs.
+/// Tiles of one chunk that its state recurrence needs, beside k and v.
 struct StateTiles {
-  Tile k;  // [C, K]
-  Tile v;  // [C, V]
   Tile u;  // [C, V]
   Tile G;  // [C, C], strict_lower(K K^T) o D
-  static int64_t floats(int64_t C, int64_t K, int64_t V) {
-    return Workspace::tile_floats(C, K) + 2 * Workspace::tile_floats(C, V) +
-           Workspace::tile_floats(C, C);
+  static int64_t floats(int64_t C, int64_t V) {
+    return Workspace::tile_floats(C, V) + Workspace::tile_floats(C, C);
   }
-  StateTiles(Workspace& w, int64_t C, int64_t K, int64_t V)
-      : k(w.tile(C, K)), v(w.tile(C, V)), u(w.tile(C, V)), G(w.tile(C, C)) {}
+  StateTiles(Workspace& w, int64_t C, int64_t V) : u(w.tile(C, V)), G(w.tile(C, C)) {}
 };
 
 /// The lower triangles of K K^T and Q K^T, which all value heads of a key head share. kT [K, C] is
 /// scratch. Without memory for q there is no Q K^T.
-inline void score_products(const Tile& k, const Tile& q, int64_t rows, int64_t K, const Tile& kT,
-                           const Tile& kk, const Tile& qk) {
+inline void score_products(Ahead& ahead, const Tile& k, const Tile& q, int64_t rows, int64_t K,
+                           const Tile& kT, const Tile& kk, const Tile& qk) {
   transpose(rows, padded(K), k, kT);
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(k), kT, kk);
+  matmul<Into::set, Skip::c_above_diagonal>(ahead, rows, rows, K, plain(k), kT, kk);
   if (q.data == nullptr) return;
-  matmul<Into::set, Skip::c_above_diagonal>(rows, rows, K, plain(q), kT, qk);
+  matmul<Into::set, Skip::c_above_diagonal>(ahead, rows, rows, K, plain(q), kT, qk);
 }
 
-/// t.v holds V and becomes U^ = U / beta; t.u becomes U. S is the state at the chunk's start.
-inline void solve_chunk(const StateTiles& t, const ChunkGates& gates, const Tile& S, int64_t rows,
-                        int64_t K, int64_t V) {
-  matmul<Into::add>(rows, padded(V), K, plain(t.k), S, t.v, {gates.minus_from_start});
-  solve_forward(t.G, gates.beta, rows, padded(V), t.v, t.u);
+/// v holds V and becomes U^ = U / beta; t.u becomes U. S is the state at the chunk's start.
+inline void solve_chunk(Ahead& ahead, const Tile& k, const Tile& v, const StateTiles& t,
+                        const ChunkGates& gates, const Tile& S, int64_t rows, int64_t K,
+                        int64_t V) {
+  matmul<Into::add>(ahead, rows, padded(V), K, plain(k), S, v, {gates.minus_from_start});
+  solve_forward(t.G, gates.beta, rows, padded(V), v, t.u);
 }
 
-/// S <- exp(b_C) S + K^T diag(exp(b_C - b)) U. t.u becomes the decayed U.
-inline void update_state(const StateTiles& t, const ChunkGates& gates, const Tile& S, int64_t rows,
-                         int64_t K, int64_t V) {
+/// S' = exp(b_C) S + K^T diag(exp(b_C - b)) U; S' may be S. t.u becomes the decayed U.
+inline void update_state(Ahead& ahead, const Tile& k, const StateTiles& t, const ChunkGates& gates,
+                         const Tile& S, const Tile& next_S, int64_t rows, int64_t K, int64_t V) {
   for (int64_t i = 0; i < rows; ++i) {
     scale_row(gates.to_end[i], t.u.row(i), 0.0F, t.u.row(i), padded(V));
   }
-  matmul<Into::add>(padded(K), padded(V), rows, transposed(t.k), t.u, S, {.keep = gates.whole});
+  matmul<Into::add>(ahead, padded(K), padded(V), rows, transposed(k), t.u, next_S,
+                    {.keep = gates.whole, .old = S});
 }
 
 /// Value heads of one key head that one task takes through the sequence together: they share the

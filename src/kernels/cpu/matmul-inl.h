@@ -65,6 +65,7 @@ enum class Into { set, add };
 struct Factors {
   const float* rows = nullptr;  ///< of each row of A B; null: one
   float keep = 1.0F;            ///< of what C holds
+  Tile old = {};                ///< what is read in place of what C holds, where it has memory
 };
 
 /// sum[i][j] += rows of A [., k_begin to k_end) times two vectors of columns of B.
@@ -88,8 +89,8 @@ HWY_INLINE void accumulate(int64_t k_begin, int64_t k_end, const LeftFactor& a, 
 
 template <int kRows, int kVectors, Into kInto>
 HWY_INLINE void micro_kernel(int64_t k_begin, int64_t k_end, const LeftFactor& a, const Tile& b,
-                             int64_t column, const float* factors, float keep,
-                             float* HWY_RESTRICT c, int64_t c_stride) {
+                             int64_t column, const float* factors, float keep, const Tile& old,
+                             const Tile& c) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   using Vec = hn::Vec<F32>;
@@ -102,23 +103,64 @@ HWY_INLINE void micro_kernel(int64_t k_begin, int64_t k_end, const LeftFactor& a
   for (int i = 0; i < kRows; ++i) {
     const Vec factor = hn::Set(d, factors == nullptr ? 1.0F : factors[i]);
     for (int j = 0; j < kVectors; ++j) {
-      float* out = c + i * c_stride + j * lanes;
+      float* out = c.row(i) + j * lanes;
       const Vec product = hn::Mul(factor, sum[i][j]);
       if constexpr (kInto == Into::set) hn::Store(product, d, out);
       if constexpr (kInto == Into::add) {
-        hn::Store(hn::MulAdd(kept, hn::Load(d, out), product), d, out);
+        hn::Store(hn::MulAdd(kept, hn::Load(d, old.row(i) + j * lanes), product), d, out);
       }
     }
   }
 }
 
+/// Memory that is wanted soon, as regions of rows. Products fetch it into the L2 cache while they
+/// compute: the rows of one head are pages apart, where no hardware looks ahead.
+class Ahead {
+ public:
+  void clear() {
+    regions_ = 0;
+    next_ = end_ = nullptr;
+  }
+  /// `rows` rows of `bytes` bytes. What is added last is fetched first.
+  void add(const void* data, int64_t rows, int64_t stride, int64_t bytes) {
+    region_[regions_++] = {static_cast<const uint8_t*>(data), rows, stride, bytes};
+  }
+  HWY_INLINE void fetch(int64_t lines) {
+    for (; lines > 0 && (next_ < end_ || next_row()); --lines, next_ += kLine) {
+      __builtin_prefetch(next_, /*for reading*/ 0, /*into L2*/ 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Region {
+    const uint8_t* row;
+    int64_t rows, stride, bytes;
+  };
+  bool next_row() {
+    if (regions_ == 0) return false;
+    Region& r = region_[regions_ - 1];
+    next_ = r.row;
+    end_ = r.row + r.bytes;
+    r.row += r.stride;
+    if (--r.rows == 0) --regions_;
+    return true;
+  }
+
+  Region region_[4] = {};
+  int regions_ = 0;
+  const uint8_t* next_ = nullptr;
+  const uint8_t* end_ = nullptr;
+};
+
 /// C [m, n] = diag(factors.rows) A [m, k] B [k, n] (set), or factors.keep C + that (add).
 /// m is a multiple of kMicroRows, n of kTileAlign; k is any.
 template <Into kInto, Skip kSkip = Skip::none>
-HWY_NOINLINE void matmul(int64_t m, int64_t n, int64_t k, LeftFactor a, const Tile& b,
+HWY_NOINLINE void matmul(Ahead& ahead, int64_t m, int64_t n, int64_t k, LeftFactor a, const Tile& b,
                          const Tile& c, const Factors& factors = {}) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
   const int64_t panel = 2 * lanes;
+  const Tile& old = factors.old.data == nullptr ? c : factors.old;
   for (int64_t column = 0; column < n; column += panel) {
     for (int64_t i = 0; i < m; i += kMicroRows) {
       const int64_t row_end = i + kMicroRows;
@@ -127,13 +169,15 @@ HWY_NOINLINE void matmul(int64_t m, int64_t n, int64_t k, LeftFactor a, const Ti
       const int64_t k_end = kSkip == Skip::a_above_diagonal ? std::min(k, row_end) : k;
       const LeftFactor a_rows = {a.data + i * a.row_stride, a.row_stride, a.column_stride};
       const float* of_rows = factors.rows == nullptr ? nullptr : factors.rows + i;
-      float* c_block = c.row(i) + column;
+      const Tile c_block = {c.row(i) + column, c.stride};
+      const Tile old_block = {old.row(i) + column, old.stride};
+      ahead.fetch(kMicroRows * panel / 16);
       if (column + panel <= n) {
         micro_kernel<kMicroRows, 2, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
-                                           c_block, c.stride);
+                                           old_block, c_block);
       } else {
         micro_kernel<kMicroRows, 1, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
-                                           c_block, c.stride);
+                                           old_block, c_block);
       }
     }
   }
