@@ -9,7 +9,7 @@ BUILD := build/$(PRESET)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: help setup build test test-gpu demo wheel bench lint format install clean
+.PHONY: help setup build test test-gpu budget demo wheel bench lint format install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,9 @@ test: build  ## run every test
 test-gpu:  ## run the tests that need an NVIDIA GPU (and CUDA 12.8 or newer to build them)
 	@$(MAKE) --no-print-directory build PRESET=cuda
 	@ctest --test-dir build/cuda --no-tests=error --output-on-failure --label-regex '^cuda$$'
+
+budget: build  ## count the CPU kernels' instructions: no more than benchmarks/cpu_budget.json
+	@scripts/cpu_budget.py --benchmark $(BUILD)/bin/gdn_bench_cpu_kernels
 
 demo: build  ## train a small language model on Python's standard library, and compare it
 	@scripts/demo.py --gdn $(BUILD)/bin/gdn --out demo

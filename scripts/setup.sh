@@ -13,7 +13,7 @@ fail() { echo "setup: $*" >&2; exit 1; }
 case "${1:-}" in
   build)
     system=(g++ libhwy-dev nlohmann-json3-dev libcli11-dev libsentencepiece-dev libgtest-dev
-            python3-venv)
+            valgrind python3-venv)
     python=(torch==2.11.0 transformers==5.23.0 numpy matplotlib scikit-build-core pytest accelerate
             peft mkdocs-material mkdocstrings-python hatchling lm_eval)
     ;;
