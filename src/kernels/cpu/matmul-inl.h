@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include <hwy/highway.h>
 
@@ -47,8 +48,9 @@ struct LeftFactor {
 HWY_INLINE LeftFactor plain(const Tile& t) { return {t.data, t.stride, 1}; }
 HWY_INLINE LeftFactor transposed(const Tile& t) { return {t.data, 1, t.stride}; }
 
-/// Rows of C that one micro-kernel holds in registers, two vectors wide.
+/// Rows of C that one micro-kernel holds in registers, and vectors of columns at most.
 inline constexpr int64_t kMicroRows = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 8 : 4;
+inline constexpr int kMicroVectors = 3;
 
 /// What is known to be zero, or not wanted, and is skipped in steps of kMicroRows.
 enum class Skip {
@@ -68,7 +70,7 @@ struct Factors {
   Tile old = {};                ///< what is read in place of what C holds, where it has memory
 };
 
-/// sum[i][j] += rows of A [., k_begin to k_end) times two vectors of columns of B.
+/// sum[i][j] += rows of A [., k_begin to k_end) times some vectors of columns of B.
 template <int kRows, int kVectors>
 HWY_INLINE void accumulate(int64_t k_begin, int64_t k_end, const LeftFactor& a, const Tile& b,
                            int64_t column, hn::Vec<F32> (&sum)[kRows][kVectors]) {
@@ -159,9 +161,9 @@ template <Into kInto, Skip kSkip = Skip::none>
 HWY_NOINLINE void matmul(Ahead& ahead, int64_t m, int64_t n, int64_t k, LeftFactor a, const Tile& b,
                          const Tile& c, const Factors& factors = {}) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-  const int64_t panel = 2 * lanes;
   const Tile& old = factors.old.data == nullptr ? c : factors.old;
-  for (int64_t column = 0; column < n; column += panel) {
+  for (int64_t column = 0; column < n; column += kMicroVectors * lanes) {
+    const int64_t vectors = std::min<int64_t>(kMicroVectors, (n - column) / lanes);
     for (int64_t i = 0; i < m; i += kMicroRows) {
       const int64_t row_end = i + kMicroRows;
       if (kSkip == Skip::c_above_diagonal && column >= row_end) continue;
@@ -171,14 +173,14 @@ HWY_NOINLINE void matmul(Ahead& ahead, int64_t m, int64_t n, int64_t k, LeftFact
       const float* of_rows = factors.rows == nullptr ? nullptr : factors.rows + i;
       const Tile c_block = {c.row(i) + column, c.stride};
       const Tile old_block = {old.row(i) + column, old.stride};
-      ahead.fetch(kMicroRows * panel / 16);
-      if (column + panel <= n) {
-        micro_kernel<kMicroRows, 2, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
-                                           old_block, c_block);
-      } else {
-        micro_kernel<kMicroRows, 1, kInto>(k_begin, k_end, a_rows, b, column, of_rows, factors.keep,
-                                           old_block, c_block);
-      }
+      ahead.fetch(kMicroRows * vectors * lanes / 16);
+      const auto multiply = [&](auto count) HWY_ATTR {
+        micro_kernel<kMicroRows, count, kInto>(k_begin, k_end, a_rows, b, column, of_rows,
+                                               factors.keep, old_block, c_block);
+      };
+      if (vectors == 3) multiply(std::integral_constant<int, 3>());
+      if (vectors == 2) multiply(std::integral_constant<int, 2>());
+      if (vectors == 1) multiply(std::integral_constant<int, 1>());
     }
   }
 }
