@@ -67,15 +67,15 @@ inline Sequence sequence(const GatedDeltaRuleProblem& p, int64_t n) {
 inline void load_tokens(const ConstView4& view, DType dtype, int64_t b, int64_t t, int64_t h,
                         int64_t tokens, int64_t rows, int64_t columns, const Tile& tile) {
   const F32 d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d)), whole = columns / lanes * lanes;
   with_element_type(dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     const Element* from = static_cast<const Element*>(view.data) + b * view.stride_b +
                           t * view.stride_t + h * view.stride_h;
     for (int64_t i = 0; i < tokens; ++i, from += view.stride_t) {
-      for (int64_t j = 0; j < columns; j += lanes) {
-        hn::Store(LoadF32(d, from + j, std::min(lanes, columns - j)), d, tile.row(i) + j);
-      }
+      float* to = tile.row(i);
+      for (int64_t j = 0; j < whole; j += lanes) hn::Store(LoadF32(d, from + j), d, to + j);
+      if (whole < columns) hn::Store(LoadF32(d, from + whole, columns - whole), d, to + whole);
     }
   });
   for (int64_t i = tokens; i < rows; ++i) {
@@ -101,15 +101,15 @@ void add_tokens(Ahead& ahead, const View& view, DType dtype, int64_t b, int64_t 
 inline void store_tokens(const MutableView4& view, DType dtype, int64_t b, int64_t t, int64_t h,
                          int64_t tokens, int64_t columns, const Tile& tile) {
   const F32 d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d)), whole = columns / lanes * lanes;
   with_element_type(dtype, [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     Element* to = static_cast<Element*>(view.data) + b * view.stride_b + t * view.stride_t +
                   h * view.stride_h;
     for (int64_t i = 0; i < tokens; ++i, to += view.stride_t) {
-      for (int64_t j = 0; j < columns; j += lanes) {
-        StoreF32(d, hn::Load(d, tile.row(i) + j), to + j, std::min(lanes, columns - j));
-      }
+      const float* from = tile.row(i);
+      for (int64_t j = 0; j < whole; j += lanes) StoreF32(d, hn::Load(d, from + j), to + j);
+      if (whole < columns) StoreF32(d, hn::Load(d, from + whole), to + whole, columns - whole);
     }
   });
 }
