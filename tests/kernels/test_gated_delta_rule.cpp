@@ -30,6 +30,14 @@ void two_uneven_ranges(int64_t count, kernels::FunctionRef<void(int64_t, int64_t
   other.join();
 }
 
+/// As many threads as tasks: each task then has one value head, where fewer threads share a key
+/// head's scores between several.
+void forward_for_many_threads(const kernels::GatedDeltaRuleForward& problem) {
+  kernels::GatedDeltaRuleForward p = problem;
+  p.threads = p.N * p.HV;
+  cpu::chunk_gated_delta_rule(p);
+}
+
 double norm(const Values& values) {
   double sum = 0;
   for (const double value : values) sum += value * value;
@@ -191,6 +199,7 @@ TEST(GatedDeltaRuleSimd, TheSameBitsOnEveryRunAndForEveryPartition) {
   const Results one = results(kernels::serial_for);
   EXPECT_EQ(results(two_uneven_ranges), one);
   EXPECT_EQ(results(backwards_on_two_threads), one);
+  EXPECT_EQ(run(c, inputs, forward_for_many_threads, cpu::chunk_gated_delta_rule_backward), one);
 }
 
 }  // namespace
