@@ -389,12 +389,13 @@ inline int64_t heads_per_task(const GatedDeltaRuleProblem& p) {
   constexpr int64_t kTasksPerThread = 4;
   constexpr int64_t kStateBytes = 512 << 10;
   const int64_t group = p.HV / p.H, state = p.K * p.V * static_cast<int64_t>(sizeof(float));
-  int64_t heads = group;
-  while (heads > 1 && (group % heads != 0 || heads * state > kStateBytes ||
-                       p.N * p.HV / heads < kTasksPerThread * p.threads)) {
-    --heads;
+  for (int64_t heads = group; heads > 1; --heads) {
+    if (group % heads == 0 && heads * state <= kStateBytes &&
+        p.N * p.HV / heads >= kTasksPerThread * p.threads) {
+      return heads;
+    }
   }
-  return heads;
+  return 1;
 }
 
 }  // namespace gdn::kernels::cpu::HWY_NAMESPACE
