@@ -22,6 +22,7 @@ struct Options {
   std::vector<std::string> prompts;
   std::vector<std::string> stops;
   GenerateOptions generate;
+  std::string state_dtype = "fp32";
   bool json = false;
 };
 
@@ -94,6 +95,7 @@ void run(Options options) {
   for (const std::string& prompt : options.prompts) {
     prompts.push_back(tokenizer->encode_prompt(prompt));
   }
+  if (options.state_dtype == "bf16") options.generate.state_dtype = at::kBFloat16;
   options.generate.stop_tokens = {tokenizer->eos_id()};
 
   Printer printer(options.prompts, options.json);
@@ -133,6 +135,9 @@ Action add_generate(CLI::App& app) {
                  "Draw from the likeliest tokens that together have this probability")
       ->check(CLI::Range(0.0, 1.0));
   app.add_option("--seed", generate.seed, "Of the random draws");
+  app.add_option("--state-dtype", options->state_dtype,
+                 "Type of the states between tokens, bf16 on a CPU alone")
+      ->check(CLI::IsMember({"fp32", "bf16"}));
   app.add_option("--stop", options->stops, "Text at which a continuation ends, not shown itself")
       ->type_name("TEXT ...");
   app.add_flag("--json", options->json, "Print a line of JSON for each prompt");

@@ -48,6 +48,7 @@ struct GatedDeltaRuleForward : GatedDeltaRuleProblem {
   MutableView4 o;                   // [B, T, HV, V]; data null: only the states are wanted
   void* final_state = nullptr;      // [N, HV, K, V] contiguous fp32 (f64: double), or null;
                                     // may be the same memory as initial_state
+  DType state_dtype = DType::f32;   // of both states but in f64; bf16: the CPU's recurrent form
   float* segment_states = nullptr;  // [segment_count, HV, K, V] fp32 (never V first), or null:
                                     // the state at the start of every kSegmentTokens tokens
 };

@@ -168,23 +168,26 @@ at::Tensor GatedDeltaNetImpl::gated_delta_rule(const at::Tensor& q, const at::Te
   const bool recurrent =
       options.mode == "fused_recurrent" || (!is_training() && longest <= kRecurrentTokens);
 
+  const at::ScalarType wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const bool narrow = cache != nullptr && wide == at::kFloat && cache->state_dtype == at::kBFloat16;
   if (recurrent && cache != nullptr && !at::GradMode::is_enabled()) {
     at::Tensor& state = cache->recurrent_state;
     if (!state.defined()) {
       const int64_t N = cu_seqlens ? cu_seqlens->numel() - 1 : q.size(0);
-      state =
-          at::zeros({N, value_heads_, options.head_dim, head_v_dim_},
-                    q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+      state = at::zeros({N, value_heads_, options.head_dim, head_v_dim_},
+                        q.options().dtype(narrow ? at::kBFloat16 : wide));
     }
     return fused_recurrent_gated_delta_rule_update(q, k, v, a, b, state, rule);
   }
   if (cache != nullptr) {
-    if (cache->recurrent_state.defined()) rule.initial_state = cache->recurrent_state;
+    if (cache->recurrent_state.defined()) rule.initial_state = cache->recurrent_state.to(wide);
     rule.output_final_state = true;
   }
   const auto [o, final_state] = recurrent ? fused_recurrent_gated_delta_rule(q, k, v, a, b, rule)
                                           : chunk_gated_delta_rule(q, k, v, a, b, rule);
-  if (cache != nullptr) cache->recurrent_state = *final_state;
+  if (cache != nullptr) {
+    cache->recurrent_state = narrow ? final_state->to(at::kBFloat16) : *final_state;
+  }
   return o;
 }
 

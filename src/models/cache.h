@@ -14,6 +14,9 @@ namespace gdn {
 struct Cache {
   std::vector<LayerCache> layers;
   int64_t seen_tokens = 0;  ///< tokens of each row so far, padding included
+  /// Of recurrent states: fp32, or on a CPU bf16, half as much to read and write for a token. It is
+  /// rounded once a call, and the roundings add up: docs/benchmarks.md has what they cost.
+  at::ScalarType state_dtype = at::kFloat;
 
   /// Bytes of all tensors in it.
   int64_t nbytes() const;

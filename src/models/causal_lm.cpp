@@ -118,6 +118,7 @@ CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input)
 
   if (input.cache != nullptr) {
     input.cache->layers.resize(config_.num_hidden_layers);
+    for (LayerCache& layer : input.cache->layers) layer.state_dtype = input.cache->state_dtype;
     input.cache->seen_tokens += T;
   }
   at::Tensor hidden_states = model_->forward(

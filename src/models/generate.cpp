@@ -31,7 +31,7 @@ class EvaluationScope {
 };
 
 void check(const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options,
-           int64_t vocab_size) {
+           int64_t vocab_size, c10::Device device) {
   const auto require = [](bool holds, const std::string& name, const std::string& expected,
                           const std::string& got) {
     if (!holds) throw std::invalid_argument(name + " must be " + expected + ", got " + got);
@@ -44,6 +44,10 @@ void check(const std::vector<std::vector<int64_t>>& prompts, const GenerateOptio
   require(options.top_k >= 0, "top_k", "0 or more", whole(options.top_k));
   require(options.top_p > 0 && options.top_p <= 1, "top_p", "above 0 and at most 1",
           std::to_string(options.top_p));
+  require(options.state_dtype == at::kFloat ||
+              (options.state_dtype == at::kBFloat16 && !device.is_cuda()),
+          "state_dtype", device.is_cuda() ? "fp32 on a GPU" : "fp32 or bf16",
+          c10::toString(options.state_dtype));
   require(options.prefill_chunk > 0, "prefill_chunk", "positive", whole(options.prefill_chunk));
   for (size_t row = 0; row < prompts.size(); ++row) {
     const std::string name = "prompt " + std::to_string(row);
@@ -90,13 +94,13 @@ std::vector<std::vector<int64_t>> generate(GatedDeltaNetForCausalLM& model,
                                            const std::vector<std::vector<int64_t>>& prompts,
                                            const GenerateOptions& options,
                                            const TokenCallback& on_token) {
-  check(prompts, options, model->config().vocab_size);
+  const c10::Device device = model->parameters().front().device();
+  check(prompts, options, model->config().vocab_size, device);
   std::vector<std::vector<int64_t>> generated(prompts.size());
   if (prompts.empty() || options.max_new_tokens == 0) return generated;
 
   const torch::NoGradGuard no_grad;
   const EvaluationScope evaluation(*model);
-  const c10::Device device = model->parameters().front().device();
   std::vector<std::mt19937_64> generators;
   std::vector<int64_t> rows;  // the prompt that each row of the batch continues, or kEnded
   for (size_t row = 0; row < prompts.size(); ++row) {
@@ -104,6 +108,7 @@ std::vector<std::vector<int64_t>> generate(GatedDeltaNetForCausalLM& model,
     generators.push_back(row_generator(options.seed, rows.back()));
   }
   Cache cache;
+  cache.state_dtype = options.state_dtype;
   const at::Tensor logits = prefill(model, prompts, options.prefill_chunk, device, cache);
   const auto source = make_token_source(model, std::move(cache), logits.select(1, 0), options,
                                         std::move(generators));

@@ -17,6 +17,7 @@ struct GenerateOptions {
   uint64_t seed = 0;
   std::vector<int64_t> stop_tokens = {};  ///< a row ends with one of these, which is its last token
   int64_t prefill_chunk = 8192;           ///< prompt tokens in one forward; bounds memory
+  at::ScalarType state_dtype = at::kFloat;  ///< of Cache
 };
 
 /// Called with (row, token) for each new token; returning false ends that row.

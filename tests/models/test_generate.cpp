@@ -86,6 +86,31 @@ TEST_P(Generation, RowsEndAtStopTokensAndAtTheCallbacksWish) {
 INSTANTIATE_TEST_SUITE_P(Kinds, Generation, ::testing::Bool(),
                          [](const auto& info) { return info.param ? "hybrid" : "pure"; });
 
+TEST(Generate, StatesInBf16AreThoseInFp32Rounded) {
+  const torch::NoGradGuard no_grad;
+  GatedDeltaNetForCausalLM model = make_model(tiny_config());
+  const at::Tensor ids = random_ids(tiny_config(), 1, 80, 4);
+  Cache wide, narrow;
+  narrow.state_dtype = at::kBFloat16;
+  const auto step = [&](Cache& cache, int64_t begin, int64_t count) {
+    return model->forward({.input_ids = ids.narrow(1, begin, count), .cache = &cache}).logits;
+  };
+  EXPECT_TRUE(at::equal(step(narrow, 0, 78), step(wide, 0, 78)));  // chunked: one call
+  for (size_t i = 0; i < wide.layers.size(); ++i) {
+    EXPECT_TRUE(at::equal(narrow.layers[i].recurrent_state,
+                          wide.layers[i].recurrent_state.to(at::kBFloat16)));
+  }
+  EXPECT_LT(narrow.nbytes(), wide.nbytes());
+  const at::Tensor got = step(narrow, 78, 1), want = step(wide, 78, 1);
+  EXPECT_FALSE(at::equal(got, want));
+  expect_close(got, want, 0.02 * largest(want), "logits");
+  EXPECT_EQ(narrow.layers[0].recurrent_state.scalar_type(), at::kBFloat16);
+  step(narrow, 79, 1);
+
+  GenerateOptions options{.max_new_tokens = 9, .temperature = 0, .state_dtype = at::kBFloat16};
+  EXPECT_EQ(generate(model, {prompt(70, 1)}, options)[0].size(), 9U);
+}
+
 TEST(Generate, LeavesTheModelAsItWas) {
   GatedDeltaNetForCausalLM model = make_model(tiny_config(), /*training=*/true);
   generate(model, {{1, 2}}, {.max_new_tokens = 2});

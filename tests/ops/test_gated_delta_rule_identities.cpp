@@ -5,6 +5,7 @@
 #include <map>
 #include <string>
 #include <support/gated_delta_rule_tensors.h>
+#include <support/targets.h>
 #include <support/tensor.h>
 
 #include <gtest/gtest.h>
@@ -236,6 +237,31 @@ TEST(GatedDeltaRuleUpdate, EqualsTheFunctionalFormBitForBit) {
       EXPECT_EQ(cache.slice(1, 4).abs().max().item<double>(), 0);
     }
   }
+}
+
+TEST(GatedDeltaRuleUpdate, AStateInBf16IsRoundedOncePerCall) {
+  for_each_target([] {
+    for (const bool v_first : {false, true}) {
+      for (const int64_t T : {1, 3, 70}) {
+        for (const int64_t size : {6, 32}) {  // unaligned columns, and whole vectors
+          SCOPED_TRACE(testing::Message() << T << " tokens, K = V = " << size);
+          const auto x = random_tensors(
+              {.T = T, .K = size, .V = size, .dtype = T == 3 ? at::kBFloat16 : at::kFloat});
+          GatedDeltaRuleOptions options;
+          options.state_v_first = v_first;
+          const at::Tensor rounded = x.initial_state.to(at::kBFloat16);
+          at::Tensor wide = rounded.to(at::kFloat), narrow = rounded.clone();
+          const auto update = [&](at::Tensor& state) {
+            return fused_recurrent_gated_delta_rule_update(x.q, x.k, x.v, x.g, x.beta, state,
+                                                           options);
+          };
+          const at::Tensor expected = update(wide);
+          EXPECT_TRUE(at::equal(update(narrow), expected));
+          EXPECT_TRUE(at::equal(narrow, wide.to(at::kBFloat16)));
+        }
+      }
+    }
+  });
 }
 
 TEST(GatedDeltaRuleUpdate, PackedSequencesOfOneTokenEach) {

@@ -5,12 +5,16 @@
 //
 // Both products with the state come from one pass over its old value, the update is a second pass.
 // The columns of S are independent, so they are worked on in blocks that stay in the L1 cache for
-// all tokens at hand. Work is spread over (sequence, value head).
+// all tokens at hand. Work is spread over (sequence, value head). A state kept in bf16 is rounded
+// once a call: a single token works on it where it is, several on a copy in fp32.
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/kernels/cpu/gated_delta_rule_recurrent.cpp"
+#include <algorithm>
+#include <type_traits>
+
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 
 #include <gdn/kernels/cpu/gated_delta_rule_tiles-inl.h>
@@ -42,14 +46,21 @@ struct RecurrentWorkspace {
   }
 };
 
+/// A state [K, V] at hand, in fp32 or bf16.
+template <typename Element>
+struct StateRows {
+  Element* data;
+  int64_t stride;
+};
+
 /// `tokens` tokens on kVectors vectors of the state's columns, from `column` on.
-template <int kVectors>
-HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const Tile& state, int64_t tokens,
-                              int64_t K, float scale, int64_t column) {
+template <int kVectors, typename Element>
+HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const StateRows<Element>& state,
+                              int64_t tokens, int64_t K, float scale, int64_t column) {
   const F32 d;
   using Vec = hn::Vec<F32>;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  float* const S = state.data + column;
+  Element* const S = state.data + column;
   for (int64_t t = 0; t < tokens; ++t) {
     const float* q = w.q.row(t);
     const float* k = w.k.row(t);
@@ -58,7 +69,7 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const Tile& state, in
     for (int64_t i = 0; i < K; ++i) {
       const Vec ki = hn::Set(d, k[i]), qi = hn::Set(d, q[i]);
       for (int j = 0; j < kVectors; ++j) {
-        const Vec s = hn::LoadU(d, S + i * state.stride + j * lanes);
+        const Vec s = LoadF32(d, S + i * state.stride + j * lanes);
         Sk[j] = hn::MulAdd(ki, s, Sk[j]);
         Sq[j] = hn::MulAdd(qi, s, Sq[j]);
       }
@@ -76,29 +87,49 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const Tile& state, in
     for (int64_t i = K - 1; i >= 0; --i) {
       const Vec ki = hn::Set(d, k[i]);
       for (int j = 0; j < kVectors; ++j) {
-        float* s = S + i * state.stride + j * lanes;
-        hn::StoreU(hn::MulAdd(ki, u[j], hn::Mul(decay, hn::LoadU(d, s))), d, s);
+        Element* s = S + i * state.stride + j * lanes;
+        StoreF32(d, hn::MulAdd(ki, u[j], hn::Mul(decay, LoadF32(d, s))), s);
       }
     }
   }
 }
 
-/// Where the final state's memory can serve as the tile, the state is not copied to and fro.
+/// Where the final state's memory can serve as the state at hand, it is not copied to and fro.
+template <typename Element>
 bool in_place(const GatedDeltaRuleForward& p) {
-  return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0;
+  const bool rounded_once = std::is_same_v<Element, float> ||
+                            (p.cu_seqlens == nullptr && p.T == 1 && p.initial_state == p.final_state);
+  return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0 && rounded_once;
 }
 
-void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentWorkspace& w) {
-  const Sequence seq = sequence(p, n);
-  const int64_t state_offset = (n * p.HV + h) * p.K * p.V;
+void load_state(const hwy::bfloat16_t* from, int64_t K, int64_t V, bool v_first,
+                const Tile& state) {
+  for (int64_t i = 0; i < K; ++i) {
+    if (from == nullptr) {
+      std::fill_n(state.row(i), V, 0.0F);
+    } else if (v_first) {
+      for (int64_t j = 0; j < V; ++j) ConvertElements(from + j * K + i, state.row(i) + j, 1);
+    } else {
+      ConvertElements(from + i * V, state.row(i), V);
+    }
+  }
+}
+
+void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, hwy::bfloat16_t* to) {
+  for (int64_t i = 0; i < K; ++i) {
+    if (v_first) {
+      for (int64_t j = 0; j < V; ++j) ConvertElements(state.row(i) + j, to + j * K + i, 1);
+    } else {
+      ConvertElements(state.row(i), to + i * V, V);
+    }
+  }
+}
+
+/// The tokens of one sequence and value head; S holds the state before, and then after them.
+template <typename Element>
+void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h,
+                  RecurrentWorkspace& w, const StateRows<Element>& S) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-  const float* initial = p.initial_state == nullptr
-                             ? nullptr
-                             : static_cast<const float*>(p.initial_state) + state_offset;
-  float* final =
-      p.final_state == nullptr ? nullptr : static_cast<float*>(p.final_state) + state_offset;
-  const Tile S = in_place(p) ? Tile{final, p.V} : w.S;
-  if (!in_place(p) || initial != final) load_state(initial, p.K, p.V, p.state_v_first, S);
   for (int64_t done = 0; done < seq.tokens; done += kTokenBlock) {
     const int64_t t = seq.first_token + done;
     const int64_t tokens = std::min(kTokenBlock, seq.tokens - done);
@@ -126,15 +157,39 @@ void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentW
     }
     if (p.o.data != nullptr) store_tokens(p.o, p.dtype, seq.b, t, h, tokens, p.V, w.o);
   }
-  if (final != nullptr && !in_place(p)) store_state(S, p.K, p.V, p.state_v_first, final);
+}
+
+template <typename Element>
+void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentWorkspace& w) {
+  const Sequence seq = sequence(p, n);
+  const int64_t offset = (n * p.HV + h) * p.K * p.V;
+  const Element* initial = nullptr;
+  if (p.initial_state != nullptr) initial = static_cast<const Element*>(p.initial_state) + offset;
+  Element* final = nullptr;
+  if (p.final_state != nullptr) final = static_cast<Element*>(p.final_state) + offset;
+  if (in_place<Element>(p)) {
+    if constexpr (std::is_same_v<Element, float>) {
+      if (initial != final) load_state(initial, p.K, p.V, /*v_first=*/false, Tile{final, p.V});
+    }
+    return recur_tokens(p, seq, h, w, StateRows<Element>{final, p.V});
+  }
+  load_state(initial, p.K, p.V, p.state_v_first, w.S);
+  recur_tokens(p, seq, h, w, StateRows<float>{w.S.data, w.S.stride});
+  if (final != nullptr) store_state(w.S, p.K, p.V, p.state_v_first, final);
+}
+
+template <typename Element>
+void recur_heads(const GatedDeltaRuleForward& p) {
+  p.parallel_for(p.N * p.HV, [&](int64_t begin, int64_t end) {
+    const int64_t tokens = p.cu_seqlens == nullptr ? std::min(p.T, kTokenBlock) : kTokenBlock;
+    RecurrentWorkspace workspace(tokens, p.K, p.V, in_place<Element>(p));
+    for (int64_t i = begin; i < end; ++i) recur_head<Element>(p, i / p.HV, i % p.HV, workspace);
+  });
 }
 
 void recurrent_forward(const GatedDeltaRuleForward& p) {
-  p.parallel_for(p.N * p.HV, [&](int64_t begin, int64_t end) {
-    const int64_t tokens = p.cu_seqlens == nullptr ? std::min(p.T, kTokenBlock) : kTokenBlock;
-    RecurrentWorkspace workspace(tokens, p.K, p.V, in_place(p));
-    for (int64_t i = begin; i < end; ++i) recur_head(p, i / p.HV, i % p.HV, workspace);
-  });
+  if (p.state_dtype == DType::bf16) return recur_heads<hwy::bfloat16_t>(p);
+  recur_heads<float>(p);
 }
 
 }  // namespace gdn::kernels::cpu::HWY_NAMESPACE

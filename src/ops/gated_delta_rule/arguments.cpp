@@ -33,6 +33,14 @@ void check_device(std::string_view op, std::string_view argument, const at::Tens
   }
 }
 
+void check_state_dtype(std::string_view op, const CoreArguments& a) {
+  const at::ScalarType wide = statistics_dtype(a.q.scalar_type());
+  const bool may_be_bf16 = a.may_round_state && wide == at::kFloat && !a.q.is_cuda();
+  if (may_be_bf16 && a.initial_state->scalar_type() == at::kBFloat16) return;
+  check_dtype(op, a.state_name, *a.initial_state, wide,
+              may_be_bf16 ? " or BFloat16" : " (states are never stored in less)");
+}
+
 }  // namespace
 
 void check_arguments(std::string_view op, const CoreArguments& a) {
@@ -73,8 +81,7 @@ void check_arguments(std::string_view op, const CoreArguments& a) {
   }
   if (a.initial_state) {
     check_shape(op, a.state_name, *a.initial_state, state_sizes(a), state_dimensions(a));
-    check_dtype(op, a.state_name, *a.initial_state, statistics_dtype(a.q.scalar_type()),
-                " (states are never stored in less)");
+    check_state_dtype(op, a);
     check_device(op, a.state_name, *a.initial_state, a.q.device());
   }
 }

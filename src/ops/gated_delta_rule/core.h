@@ -26,6 +26,7 @@ struct CoreArguments {
   bool state_v_first;
   int64_t chunk_size;
   std::string_view state_name = "initial_state";  // in error messages
+  bool may_round_state = false;  // to bf16, on a CPU: the state is updated in place
 };
 
 /// Throws c10::ValueError unless shapes, devices, options and the dtypes of q, k, v and the state

@@ -107,7 +107,7 @@ at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   o.dt_bias = dt_bias;
   const std::optional<at::Tensor> initial_state = state;
   check_arguments(kOp, {q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel,
-                        state_v_first, o.chunk_size, "state"});
+                        state_v_first, o.chunk_size, "state", /*may_round_state=*/true});
   check_options(kOp, o, v);
   const Gates gates = compute_gates(g, beta, o, statistics_dtype(q.scalar_type()));
   return gated_delta_rule_update(q, k, v, gates.g, gates.beta, state, cu_seqlens, scale,

@@ -59,7 +59,8 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> fused_recurrent_gated_delta_ru
     const at::Tensor& beta, const GatedDeltaRuleOptions& options = {});
 
 /// Recurrent form in place: `state` [N, HV, K, V] fp32 is the initial state and becomes the final
-/// one. Takes no options.initial_state; not differentiable. Returns o [B, T, HV, V].
+/// one; on a CPU it may be bf16, and is then rounded once a call. Takes no options.initial_state;
+/// not differentiable. Returns o [B, T, HV, V].
 at::Tensor fused_recurrent_gated_delta_rule_update(const at::Tensor& q, const at::Tensor& k,
                                                    const at::Tensor& v, const at::Tensor& g,
                                                    const at::Tensor& beta, at::Tensor& state,

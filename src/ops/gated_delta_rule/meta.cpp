@@ -57,7 +57,7 @@ at::Tensor update_meta(const at::Tensor& q, const at::Tensor& k, const at::Tenso
                        bool use_qk_l2norm, bool state_v_first) {
   const std::optional<at::Tensor> initial_state = state;
   check_arguments(kOp, {q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm,
-                        state_v_first, /*chunk_size=*/64, "state"});
+                        state_v_first, /*chunk_size=*/64, "state", /*may_round_state=*/true});
   return at::empty_symint(v.sym_sizes(), v.options());
 }
 

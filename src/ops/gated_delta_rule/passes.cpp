@@ -235,13 +235,15 @@ at::Tensor update(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         use_qk_l2norm,
                         state_v_first,
                         /*chunk_size=*/64,
-                        "state"};
+                        "state",
+                        /*may_round_state=*/true};
   check_core_arguments(a);
   const PreparedInputs inputs(a);
   auto p = inputs.parameters<kernels::GatedDeltaRuleForward>();
   const at::Tensor o = at::empty({p.B, p.T, p.HV, p.V}, v.options());
   p.o = mutable_view(o);
   p.final_state = inputs.initial_state.mutable_data_ptr();
+  p.state_dtype = kernel_dtype(inputs.initial_state.scalar_type());
   run_forward(GatedDeltaRulePass::recurrent_forward, inputs, p);
   if (!inputs.initial_state.is_same(state)) state.copy_(inputs.initial_state);
   return o;

@@ -181,7 +181,7 @@ def fused_recurrent_gated_delta_rule_update(
     """The recurrent form in place: `state` is the initial state and becomes the final one.
 
     Args:
-        state: [N, HV, K, V] fp32, read and written.
+        state: [N, HV, K, V] fp32, read and written. On a CPU it may be bf16, rounded once a call.
 
     The other arguments are those of `chunk_gated_delta_rule`.
 
