@@ -103,7 +103,7 @@ TEST(Generate, StatesInBf16AreThoseInFp32Rounded) {
   EXPECT_LT(narrow.nbytes(), wide.nbytes());
   const at::Tensor got = step(narrow, 78, 1), want = step(wide, 78, 1);
   EXPECT_FALSE(at::equal(got, want));
-  expect_close(got, want, 0.02 * largest(want), "logits");
+  gdn::test::expect_close(got, want, 0.02 * gdn::test::largest(want), "logits");
   EXPECT_EQ(narrow.layers[0].recurrent_state.scalar_type(), at::kBFloat16);
   step(narrow, 79, 1);
 
