@@ -1,5 +1,5 @@
-// What states in bf16 cost: a model reads a text token by token, as in decoding, with states in fp32
-// and in bf16.
+// What states in bf16 cost: a model reads a text token by token, as in decoding, with states in
+// fp32 and in bf16.
 //
 //   gdn_state_drift MODEL TEXT [tokens]
 //
@@ -61,7 +61,8 @@ int main(int argc, char** argv) {
   model->eval();
   const Reading wide = read(model, tokens, at::kFloat);
   const Reading narrow = read(model, tokens, at::kBFloat16);
-  const double drift = ((narrow.last_tenth - wide.last_tenth).norm() / wide.last_tenth.norm()).item<double>();
+  const double drift =
+      ((narrow.last_tenth - wide.last_tenth).norm() / wide.last_tenth.norm()).item<double>();
   std::printf("%zu tokens: fp32 states %.5f nats a token, bf16 %.5f; logits differ by %.2e\n",
               tokens.size() - 1, wide.nats, narrow.nats, drift);
 }

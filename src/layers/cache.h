@@ -13,7 +13,7 @@ struct LayerCache {
   /// [B, kv heads, tokens, head dim], of a window only the last window - 1 tokens. Rows with fewer
   /// start with zeros: all end together.
   at::Tensor attn_key, attn_value;
-  at::Tensor attn_tokens;  ///< [B] int64 on the CPU: tokens of each row so far
+  at::Tensor attn_tokens;                   ///< [B] int64 on the CPU: tokens of each row so far
   at::ScalarType state_dtype = at::kFloat;  ///< see Cache
 };
 

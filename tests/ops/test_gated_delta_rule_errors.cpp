@@ -196,7 +196,8 @@ TEST(GatedDeltaRuleUpdateErrors, NameTheArgument) {
   GatedDeltaRuleOptions options;
   expect_contains(update_rejection(at::zeros({2, 4, 6, 8}), options),
                   "state must be of shape [N, HV, K, V] = [2, 4, 8, 6], got Float [2, 4, 6, 8]");
-  expect_contains(update_rejection(state.to(at::kHalf), options), "state must be Float or BFloat16");
+  expect_contains(update_rejection(state.to(at::kHalf), options),
+                  "state must be Float or BFloat16");
   options.allow_neg_eigval = true;
   expect_contains(update_rejection(state, options), "allow_neg_eigval must be false");
   options = {};

@@ -97,8 +97,9 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const StateRows<Eleme
 /// Where the final state's memory can serve as the state at hand, it is not copied to and fro.
 template <typename Element>
 bool in_place(const GatedDeltaRuleForward& p) {
-  const bool rounded_once = std::is_same_v<Element, float> ||
-                            (p.cu_seqlens == nullptr && p.T == 1 && p.initial_state == p.final_state);
+  const bool rounded_once =
+      std::is_same_v<Element, float> ||
+      (p.cu_seqlens == nullptr && p.T == 1 && p.initial_state == p.final_state);
   return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0 && rounded_once;
 }
 

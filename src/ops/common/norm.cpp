@@ -21,7 +21,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of x, gate, weight
-using Pair = std::tuple<at::Tensor, at::Tensor>;                    // y and x + residual
+using Pair = std::tuple<at::Tensor, at::Tensor>;                   // y and x + residual
 
 at::Tensor call_norm(const at::Tensor& x, const std::optional<at::Tensor>& gate,
                      const std::optional<at::Tensor>& weight, double eps, bool l2) {

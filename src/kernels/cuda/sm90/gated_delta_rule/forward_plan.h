@@ -161,14 +161,13 @@ class ForwardCost {
     queue.add(heads_ * parts(2), block(std::min(first, longest_), kFused));
     queue.add(heads_ * others * parts(2), block(std::min(first, other_), kFused));
     queue.add(middle * (parts(2) + 1), block(span, kEnd[1]));
-    const int64_t known =
-        heads_ * (std::min(first, longest_) + others * std::min(first, other_));
+    const int64_t known = heads_ * (std::min(first, longest_) + others * std::min(first, other_));
     sum += std::max(memory(known, in_out()) + memory(inverses, key_tiles_ + value_tiles_ + 0.5),
                     queue.end());
     const int64_t rest = total_chunks() - known;
     const int64_t blocks = heads_ * (later(longest_, plan) + others * later(other_, plan));
-    return sum + std::max(memory(rest, in_out()),
-                          time(blocks * parts(2), rest * parts(2), span, kFused));
+    return sum +
+           std::max(memory(rest, in_out()), time(blocks * parts(2), rest * parts(2), span, kFused));
   }
 
   double in_out() const { return 2 * key_tiles_ + 2 * value_tiles_; }  // tiles: Q, K; V, O
