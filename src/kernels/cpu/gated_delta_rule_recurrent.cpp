@@ -61,6 +61,7 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const StateRows<Eleme
   using Vec = hn::Vec<F32>;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   Element* const S = state.data + column;
+  const int64_t stride = state.stride;  // a copy: vector stores may alias what is in memory
   for (int64_t t = 0; t < tokens; ++t) {
     const float* q = w.q.row(t);
     const float* k = w.k.row(t);
@@ -69,7 +70,7 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const StateRows<Eleme
     for (int64_t i = 0; i < K; ++i) {
       const Vec ki = hn::Set(d, k[i]), qi = hn::Set(d, q[i]);
       for (int j = 0; j < kVectors; ++j) {
-        const Vec s = LoadF32(d, S + i * state.stride + j * lanes);
+        const Vec s = LoadF32(d, S + i * stride + j * lanes);
         Sk[j] = hn::MulAdd(ki, s, Sk[j]);
         Sq[j] = hn::MulAdd(qi, s, Sq[j]);
       }
@@ -87,7 +88,7 @@ HWY_INLINE void recur_columns(const RecurrentWorkspace& w, const StateRows<Eleme
     for (int64_t i = K - 1; i >= 0; --i) {
       const Vec ki = hn::Set(d, k[i]);
       for (int j = 0; j < kVectors; ++j) {
-        Element* s = S + i * state.stride + j * lanes;
+        Element* s = S + i * stride + j * lanes;
         StoreF32(d, hn::MulAdd(ki, u[j], hn::Mul(decay, LoadF32(d, s))), s);
       }
     }
