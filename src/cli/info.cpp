@@ -18,6 +18,7 @@
 #include <gdn/cli/command.h>
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 #include <gdn/ops/cuda/run.h>
+#include <gdn/ops/utils/matrix_product.h>
 
 namespace gdn::cli {
 namespace {
@@ -41,6 +42,16 @@ std::set<std::string> matrix_instructions() {
     if (multiplies && value.isBool() && value.toBool()) names.insert(name);
   }
   return names;
+}
+
+/// How the CPU multiplies matrices of each dtype.
+Json matrix_products() {
+  Json products;
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    const MatrixLibrary library = matrix_library(dtype);
+    products[c10::toString(dtype)] = {{"library", library.name}, {"why", library.reason}};
+  }
+  return products;
 }
 
 /// The GPUs, and which kernels would serve typical requests there.
@@ -98,7 +109,8 @@ Json collect() {
          "by the reference loops"}}},
       {"torch_kernels",
        {{"instruction_set", at::get_cpu_capability()},
-        {"matrix_instructions", matrix_instructions()}}},
+        {"matrix_instructions", matrix_instructions()},
+        {"matrix_products", matrix_products()}}},
       {"operators", operators(cuda::compiled_in())},
   };
 }
@@ -107,6 +119,15 @@ std::string join(const Json& names) {
   std::string line;
   for (const auto& name : names) line += (line.empty() ? "" : " ") + name.get<std::string>();
   return line.empty() ? "none" : line;
+}
+
+std::string matrix_product_lines(const Json& products) {
+  std::string lines;
+  for (const auto& [dtype, product] : products.items()) {
+    lines += "  products of " + dtype + ": " + product["library"].get<std::string>() + " (" +
+             product["why"].get<std::string>() + ")\n";
+  }
+  return lines;
 }
 
 void print(const Json& info) {
@@ -132,7 +153,7 @@ void print(const Json& info) {
             << "torch      " << text(info["torch_kernels"]["instruction_set"])
             << "; matrix instructions: " << join(info["torch_kernels"]["matrix_instructions"])
             << "\n"
-            << "operators\n";
+            << matrix_product_lines(info["torch_kernels"]["matrix_products"]) << "operators\n";
   for (const auto& [name, devices] : info["operators"].items()) {
     std::cout << "  " << name << ": " << join(devices) << "\n";
   }

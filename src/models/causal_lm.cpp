@@ -132,7 +132,7 @@ CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input)
       output.loss = token_linear_cross_entropy(hidden_states.flatten(0, 1), head, targets);
       return output;
     }
-    output.logits = at::linear(hidden_states, head);  // [B, T, vocab]
+    output.logits = project(hidden_states, head);  // [B, T, vocab]
     output.loss =
         token_cross_entropy(output.logits.flatten(0, 1), targets, config_.fuse_cross_entropy);
   }
@@ -141,7 +141,7 @@ CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input)
     return (padding ? padding->repad(x) : x).narrow(1, T - kept, kept);
   };
   output.logits =
-      output.logits.defined() ? keep(output.logits) : at::linear(keep(hidden_states), head);
+      output.logits.defined() ? keep(output.logits) : project(keep(hidden_states), head);
   return output;
 }
 

@@ -9,7 +9,7 @@
 #include <gdn/models/sampling.h>
 #include <gdn/models/token_source.h>
 #include <gdn/ops/cuda/graph.h>
-#include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/log_choice.h>
 
 namespace gdn {
 namespace {

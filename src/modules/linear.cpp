@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <gdn/modules/linear.h>
+#include <gdn/ops/common/linears.h>
 
 namespace gdn {
 namespace {
@@ -17,6 +18,10 @@ SkipInitialization::SkipInitialization() : was_on_(skip_initialization) {
 
 SkipInitialization::~SkipInitialization() { skip_initialization = was_on_; }
 
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight) {
+  return x.is_cpu() ? linears(x, weight)[0] : at::linear(x, weight);
+}
+
 LinearImpl::LinearImpl(const LinearOptions& options) : options(options) { reset(); }
 
 void LinearImpl::reset() {
@@ -29,7 +34,8 @@ void LinearImpl::reset() {
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& x) {
-  return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  const at::Tensor y = project(x, weight);
+  return bias.defined() ? y + bias.to(y.scalar_type()) : y;
 }
 
 }  // namespace gdn

@@ -26,6 +26,10 @@ struct LinearOptions {
   bool bias = false;
 };
 
+/// x weight^T, differentiable: [..., D] and [N, D] -> [..., N]. On the CPU by the operator
+/// `linears`, which multiplies bf16 and fp16 in the way that suits the processor.
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
+
 /// x weight^T + bias. Initial values as torch's Linear: uniform within in_features^-1/2.
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
  public:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gated_deltanet.layers.cache import LayerCache, check_cached, layer_cache
 from gated_deltanet.layers.mixer import mix_packed, refuse_attentions
 from gated_deltanet.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
-from gated_deltanet.modules.projections import is_plain, project
+from gated_deltanet.modules.projections import apply, is_plain, project
 from gated_deltanet.ops.gated_delta_rule import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
@@ -215,16 +215,16 @@ class GatedDeltaNet(nn.Module):
             projections.append(self.g_proj)
         projected = project(x, projections)
         if not self._recomputes(x, cache):
-            return self.o_proj(self._mix_projections(cu_seqlens, cache, *projected))
+            return apply(self.o_proj, self._mix_projections(cu_seqlens, cache, *projected))
         # With o_proj in it its input is not kept either; the backward stops before the product.
         whole = is_plain(self.o_proj)
 
         def mix(*projected: Tensor) -> Tensor:
             mixed = self._mix_projections(cu_seqlens, None, *projected)
-            return self.o_proj(mixed) if whole else mixed
+            return apply(self.o_proj, mixed) if whole else mixed
 
         output = checkpoint(mix, *projected, use_reentrant=False, preserve_rng_state=False)
-        return output if whole else self.o_proj(output)
+        return output if whole else apply(self.o_proj, output)
 
     def _recomputes(self, x: Tensor, cache: LayerCache | None) -> bool:
         if cache is not None or not torch.is_grad_enabled():

@@ -12,6 +12,7 @@
 #include <gdn/ops/common/cross_entropy_rows.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/matrix_product.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -71,7 +72,7 @@ void for_logits(const at::Tensor& hidden, const at::Tensor& weight, const at::Te
   const int64_t M = hidden.size(0);
   for (int64_t begin = 0; begin < M; begin += rows_per_block) {
     const int64_t rows = std::min(rows_per_block, M - begin);
-    const at::Tensor logits = at::mm(hidden.narrow(0, begin, rows), projection);
+    const at::Tensor logits = matrix_product(hidden.narrow(0, begin, rows), projection);
     body(logits.contiguous(), target.narrow(0, begin, rows), begin, rows);
   }
 }
@@ -129,13 +130,9 @@ Gradients gradients(const at::Tensor& row_weights, const at::Tensor& hidden,
                                            d_loss.narrow(0, begin, rows), logits);
                const at::Tensor& d_logits = logits;
                at::Tensor d_rows = d_hidden.narrow(0, begin, rows);
-               at::mm_out(d_rows, d_logits, rows_weight);
+               matrix_product_out(d_rows, d_logits, rows_weight);
                const at::Tensor block = hidden.narrow(0, begin, rows);
-               if (d_weight_sum.scalar_type() == hidden.scalar_type()) {
-                 d_weight_sum.addmm_(d_logits.t(), block);
-               } else {
-                 d_weight_sum.add_(at::mm(d_logits.t(), block));
-               }
+               add_matrix_product(d_weight_sum, d_logits.t(), block);
              });
   d_weight = d_weight_sum.to(weight.scalar_type());
   return results;

@@ -8,6 +8,7 @@
 
 #include <gdn/ops/common/linears.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/matrix_product.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -83,7 +84,7 @@ std::vector<at::Tensor> composite_explicit(const at::Tensor& x, at::TensorList l
   }
   std::vector<at::Tensor> results(weights.size());
   for (const auto& group : products(list)) {
-    take_apart(at::linear(x, together(weights, group, 0)), weights, group, -1, results);
+    take_apart(linear_product(x, together(weights, group, 0)), weights, group, -1, results);
   }
   return results;
 }
@@ -114,14 +115,14 @@ class LinearsFunction : public torch::autograd::Function<LinearsFunction> {
       const at::Tensor d = together(d_y, group, 1), weight = together(weights, group, 0);
       if (inputs[0].requires_grad()) {
         if (d_x.defined()) {
-          d_x.addmm_(d, weight);
+          add_matrix_product(d_x, d, weight);
         } else {
-          d_x = at::mm(d, weight);
+          d_x = matrix_product(d, weight);
         }
       }
       const bool learns = std::any_of(group.begin(), group.end(),
                                       [&](size_t i) { return weights[i].requires_grad(); });
-      if (learns) take_apart(at::mm(d.t(), x), weights, group, 0, d_weights);
+      if (learns) take_apart(matrix_product(d.t(), x), weights, group, 0, d_weights);
     }
     variable_list gradients = {d_x.defined() ? d_x.view_symint(inputs[0].sym_sizes()) : d_x};
     gradients.insert(gradients.end(), d_weights.begin(), d_weights.end());

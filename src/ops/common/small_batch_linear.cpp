@@ -8,9 +8,10 @@
 #include <gdn/ops/common/small_batch_linear.h>
 #include <gdn/ops/common/swiglu.h>
 #include <gdn/ops/cuda/run.h>
-#include <gdn/ops/gated_delta_rule/dispatch.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/log_choice.h>
+#include <gdn/ops/utils/matrix_product.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -106,7 +107,7 @@ at::Tensor normed(const at::Tensor& x, const SmallBatchLinearOptions& o) {
 /// As the operators for any number of rows compute it.
 at::Tensor composed(const at::Tensor& x, const at::Tensor& weight,
                     const SmallBatchLinearOptions& o) {
-  const at::Tensor products = at::linear(normed(x, o), weight);
+  const at::Tensor products = linear_product(normed(x, o), weight);
   if (o.swiglu) {
     const int64_t N = products.size(1) / 2;
     return with_row_stride(swiglu(products.narrow(1, 0, N), products.narrow(1, N, N)));

@@ -6,6 +6,7 @@
 #include <gdn/ops/common/swiglu.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
+#include <gdn/ops/utils/matrix_product.h>
 
 namespace gdn {
 namespace {
@@ -18,7 +19,7 @@ constexpr std::string_view kOp = "swiglu_linear";
 at::Tensor composite_explicit(const at::Tensor& gate, const at::Tensor& up,
                               const at::Tensor& weight) {
   check_shape(kOp, "weight", weight, {-1, gate.sym_size(-1)}, "[out_features, D]");
-  return at::linear(swiglu(gate, up), weight);
+  return linear_product(swiglu(gate, up), weight);
 }
 
 /// Keeps gate and up; their product, which the weight's gradient needs, is computed again.
@@ -38,9 +39,9 @@ class SwigluLinearFunction : public torch::autograd::Function<SwigluLinearFuncti
     at::Tensor d_weight;
     if (weight.requires_grad()) {
       const at::Tensor y = swiglu(gate, up).flatten(0, -2);
-      d_weight = at::mm(d_output.flatten(0, -2).t(), y);
+      d_weight = matrix_product(d_output.flatten(0, -2).t(), y);
     }
-    auto [d_gate, d_up] = swiglu_backward(at::matmul(d_output, weight), gate, up);
+    auto [d_gate, d_up] = swiglu_backward(linear_product(d_output, weight.t()), gate, up);
     return {d_gate, d_up, d_weight};
   }
 };

@@ -16,7 +16,7 @@
 #include <gdn/kernels/cuda/swiglu.h>
 #include <gdn/ops/cuda/normalised_keys.h>
 #include <gdn/ops/cuda/run.h>
-#include <gdn/ops/gated_delta_rule/dispatch.h>
+#include <gdn/ops/utils/log_choice.h>
 
 namespace gdn::cuda {
 namespace {

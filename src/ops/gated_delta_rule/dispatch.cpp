@@ -1,8 +1,3 @@
-#include <mutex>
-#include <unordered_set>
-
-#include <c10/util/Logging.h>
-
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
 #include <gdn/ops/gated_delta_rule/dispatch.h>
@@ -49,14 +44,6 @@ KernelChoice choose_kernel(GatedDeltaRulePass pass, c10::ScalarType dtype) {
       break;
   }
   return choice;
-}
-
-void log_choice(std::string_view name, std::string_view reason) {
-  static std::mutex mutex;
-  static std::unordered_set<std::string> logged;
-  const std::string line = std::string(name) + ": " + std::string(reason);
-  const std::scoped_lock lock(mutex);
-  if (logged.insert(line).second) LOG(INFO) << "gdn: " << line;
 }
 
 }  // namespace gdn

@@ -1,5 +1,4 @@
-// Which kernel serves which request on the CPU, and the log of all choices. Those on CUDA are made
-// in kernels/cuda/choice.h.
+// Which kernel serves which request on the CPU. Those on CUDA are made in kernels/cuda/choice.h.
 #pragma once
 
 #include <string>
@@ -25,9 +24,6 @@ struct KernelChoice {
 
 /// The kernel for tensors of `dtype` (fp32, bf16, fp16 or fp64) on the CPU.
 KernelChoice choose_kernel(GatedDeltaRulePass pass, c10::ScalarType dtype);
-
-/// Writes a choice to torch's log (TORCH_CPP_LOG_LEVEL=INFO), each distinct one once.
-void log_choice(std::string_view name, std::string_view reason);
 
 /// Whether the backward for `dtype` reads the segment states that a training forward keeps. The
 /// reference kernels do not: they compute every state again.

@@ -12,6 +12,7 @@
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
+#include <gdn/ops/utils/log_choice.h>
 #include <gdn/ops/utils/parallel.h>
 #include <gdn/ops/utils/views.h>
 

@@ -31,6 +31,7 @@ from gated_deltanet.modules import (
     token_linear_cross_entropy,
 )
 from gated_deltanet.modules.loss import IGNORE_INDEX
+from gated_deltanet.modules.projections import apply
 from gated_deltanet.ops.utils import check_shape, find_padding, reject
 
 
@@ -383,7 +384,7 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         hidden_states = body.last_hidden_state
         loss = logits = None
         if labels is None:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = apply(self.lm_head, slice_logits_to_keep(hidden_states, logits_to_keep))
         else:
             check_shape(name, "labels", labels, tuple(hidden_states.shape[:2]), "[B, T]")
             check_ids(name, "labels", labels, self.config.vocab_size, also=IGNORE_INDEX)
@@ -396,7 +397,7 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
                 rows = hidden_states.flatten(0, 1)
                 loss = token_linear_cross_entropy(rows, self.lm_head.weight, targets, count)
             else:
-                logits = self.lm_head(hidden_states)
+                logits = apply(self.lm_head, hidden_states)
                 rows, fused = logits.flatten(0, 1), self.config.fuse_cross_entropy
                 loss = token_cross_entropy(rows, targets, fused, count)
                 logits = slice_logits_to_keep(logits, logits_to_keep)
