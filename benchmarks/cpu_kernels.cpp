@@ -27,6 +27,7 @@
 #include <hwy/targets.h>
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
+#include <gdn/kernels/shares.h>
 
 namespace {
 
@@ -38,7 +39,7 @@ class Pool {
   using Body = FunctionRef<void(int64_t, int64_t)>;
 
   void start(int64_t threads) {
-    for (int64_t i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    for (int64_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Pool() {
     stop_ = true;
@@ -47,30 +48,24 @@ class Pool {
   void run(int64_t count, Body body) {
     const auto threads = static_cast<int64_t>(workers_.size()) + 1;
     if (threads == 1) return body(0, count);
-    count_ = count;
-    grain_ = std::max<int64_t>(1, count / (threads * 8));
-    next_ = 0;
+    Shares shares(count, threads);
+    shares_ = &shares;
     body_ = &body;
     busy_ = threads - 1;
     ++generation_;
-    take(body);
+    shares.work(0, body);
     while (busy_ > 0) pause();
   }
 
  private:
-  void take(const Body& body) {
-    for (int64_t begin; (begin = next_.fetch_add(grain_)) < count_;) {
-      body(begin, std::min(begin + grain_, count_));
-    }
-  }
-  void work() {
+  void work(int64_t thread) {
     for (int64_t seen = 0; !stop_;) {
       if (generation_ == seen) {
         pause();
         continue;
       }
       seen = generation_;
-      take(*body_);
+      shares_->work(thread, *body_);
       --busy_;
     }
   }
@@ -82,8 +77,8 @@ class Pool {
 
   std::vector<std::thread> workers_;
   std::atomic<bool> stop_ = false;
-  std::atomic<int64_t> generation_ = 0, next_ = 0, busy_ = 0;
-  int64_t count_ = 0, grain_ = 1;
+  std::atomic<int64_t> generation_ = 0, busy_ = 0;
+  Shares* shares_ = nullptr;
   const Body* body_ = nullptr;
 };
 
