@@ -11,6 +11,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/kernels/cpu/small_batch_linear.cpp"
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 
 #include <gdn/kernels/cpu/simd-inl.h>
@@ -21,6 +22,8 @@ namespace gdn::kernels::cpu {
 
 /// Outputs that are finished together.
 inline constexpr int64_t kOutputs = 32;
+/// Inputs of a weight that are fetched ahead together, and at most so many have one scale.
+inline constexpr int64_t kSpan = 128;
 
 /// z [M, D] in fp32.
 struct NormedRows {
@@ -38,15 +41,17 @@ namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
 using F32 = hn::ScalableTag<float>;
 
-// A tile is as many weight rows by batch rows as leave each sum a register. The sums of one row
-// alone are independent enough to hide a multiply-add's latency with eight of them.
+// A tile is as many weight rows by batch rows as leave each sum a register.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM
 inline constexpr int kTileRows = 4;  // of 32 registers
 #else
 inline constexpr int kTileRows = 2;
 #endif
 inline constexpr int kTileBatch = 4;
-inline constexpr int kSingleRows = 8;
+/// Of one batch row: enough sums to hide a multiply-add's latency, and as many bytes of weight
+/// between a line's fetching and its use as the caches hold.
+template <typename Weight>
+inline constexpr int kSingleRows = std::is_same_v<Weight, int8_t> ? 8 : 4;
 
 /// z of rows [begin, end).
 template <typename T>
@@ -87,26 +92,32 @@ template <typename Weight, int kRows, int kBatch>
 HWY_INLINE void multiply_tile(const SmallBatchLinear& p, const NormedRows& z, int64_t row,
                               int64_t m, float* sums) {
   constexpr bool kScaled = std::is_same_v<Weight, int8_t>;
+  constexpr int64_t kLine = 64 / sizeof(Weight);
   const F32 d;
   using Vec = hn::Vec<F32>;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t D = p.D;
-  const int64_t Q = kScaled ? p.scale_size : D;
-  const int64_t groups = (D + Q - 1) / Q;
+  const int64_t span = kScaled ? std::min(kSpan, p.scale_size) : kSpan;
+  const int64_t groups = kScaled ? (D + p.scale_size - 1) / p.scale_size : 1;
   const Weight* const weight = static_cast<const Weight*>(p.weight) + row * D;
-  Vec total[kRows][kBatch];
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t end = std::min(D, (group + 1) * Q);
-    Vec sum[kRows][kBatch];
+  const float* const values = z.row(m);
+  Vec sum[kRows][kBatch], total[kRows][kBatch];
+  for (int r = 0; r < kRows; ++r) {
+    for (int b = 0; b < kBatch; ++b) sum[r][b] = total[r][b] = hn::Zero(d);
+  }
+  for (int64_t begin = 0; begin < D; begin += span) {
+    const int64_t end = std::min(D, begin + span);
+    // Rows are too short for the hardware to fetch the next ones ahead.
     for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kBatch; ++b) sum[r][b] = hn::Zero(d);
+      const Weight* const next = weight + (kRows + r) * D;
+      for (int64_t i = begin; i < end; i += kLine) hwy::Prefetch(next + i);
     }
-    int64_t i = group * Q;
+    int64_t i = begin;
     for (; i + lanes <= end; i += lanes) {
       Vec w[kRows];
       for (int r = 0; r < kRows; ++r) w[r] = LoadF32(d, weight + r * D + i);
       for (int b = 0; b < kBatch; ++b) {
-        const Vec v = hn::LoadU(d, z.row(m + b) + i);
+        const Vec v = hn::LoadU(d, values + b * z.stride + i);
         for (int r = 0; r < kRows; ++r) sum[r][b] = hn::MulAdd(w[r], v, sum[r][b]);
       }
     }
@@ -114,25 +125,23 @@ HWY_INLINE void multiply_tile(const SmallBatchLinear& p, const NormedRows& z, in
       for (int r = 0; r < kRows; ++r) {
         const Vec w = LoadF32(d, weight + r * D + i, end - i);
         for (int b = 0; b < kBatch; ++b) {
-          sum[r][b] = hn::MulAdd(w, hn::LoadU(d, z.row(m + b) + i), sum[r][b]);
+          sum[r][b] = hn::MulAdd(w, hn::LoadU(d, values + b * z.stride + i), sum[r][b]);
         }
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kBatch; ++b) {
-        if constexpr (kScaled) {
-          const Vec scale = hn::Set(d, p.scales[(row + r) * groups + group]);
-          total[r][b] = group == 0 ? hn::Mul(sum[r][b], scale)
-                                   : hn::MulAdd(sum[r][b], scale, total[r][b]);
-        } else {
-          total[r][b] = sum[r][b];
+    if constexpr (kScaled) {
+      for (int r = 0; r < kRows; ++r) {
+        const Vec scale = hn::Set(d, p.scales[(row + r) * groups + begin / p.scale_size]);
+        for (int b = 0; b < kBatch; ++b) {
+          total[r][b] = hn::MulAdd(sum[r][b], scale, total[r][b]);
+          sum[r][b] = hn::Zero(d);
         }
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int b = 0; b < kBatch; ++b) {
-      sums[b * kOutputs + r] = hn::GetLane(hn::SumOfLanes(d, total[r][b]));
+      sums[b * kOutputs + r] = hn::GetLane(hn::SumOfLanes(d, kScaled ? total[r][b] : sum[r][b]));
     }
   }
 }
@@ -153,9 +162,9 @@ void multiply_rows(const SmallBatchLinear& p, const NormedRows& z, int64_t row, 
 template <typename Weight>
 void multiply(const SmallBatchLinear& p, const NormedRows& z, int64_t row, int64_t count,
               float* sums) {
-  if (p.M == 1) return multiply_rows<Weight, kSingleRows, 1>(p, z, row, count, 0, sums);
-  for (int64_t done = 0; done < count; done += kSingleRows) {
-    const int64_t rows = std::min<int64_t>(kSingleRows, count - done);
+  if (p.M == 1) return multiply_rows<Weight, kSingleRows<Weight>, 1>(p, z, row, count, 0, sums);
+  for (int64_t done = 0; done < count; done += kTileRows) {
+    const int64_t rows = std::min<int64_t>(kTileRows, count - done);
     for (int64_t m = 0; m < p.M; m += kTileBatch) {
       float* to = sums + m * kOutputs + done;
       const auto run = [&]<int kBatch>() {
@@ -208,8 +217,7 @@ void convolve(const SmallBatchLinear& p, int64_t m, int64_t n, int64_t count, fl
 
 /// Outputs [n, n + count) of every row.
 template <typename T>
-void finish(const SmallBatchLinear& p, const NormedRows& z, int64_t n, int64_t count,
-            float* sums) {
+void finish(const SmallBatchLinear& p, const NormedRows& z, int64_t n, int64_t count, float* sums) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   float* gates = sums;
