@@ -1,6 +1,8 @@
 #include <cstdio>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <unistd.h>
 
 #include <ATen/Parallel.h>
@@ -32,7 +34,15 @@ void ModelOptions::declare(CLI::App& app) {
                  "Numbers of a matrix's row that share a scale in int8, a power of two of at least "
                  "32; 0: the row")
       ->needs(weights)
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Validator(
+          [](const std::string& text) {
+            constexpr std::string_view kExpected = "must be 0 or a power of two of at least 32";
+            int64_t size = 0;
+            const bool number = CLI::detail::lexical_cast(text, size);
+            const bool power = size >= 32 && (size & (size - 1)) == 0;
+            return number && (size == 0 || power) ? "" : std::string(kExpected) + ", got " + text;
+          },
+          "POWER OF TWO"));
   app.add_option("--threads", threads, "CPU threads; 0: as many as torch would use")
       ->check(CLI::NonNegativeNumber);
 }
