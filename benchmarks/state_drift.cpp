@@ -1,15 +1,17 @@
-// What states in bf16 cost: a model reads a text token by token, as in decoding, with states in
-// fp32 and in bf16.
+// What states in bf16 and weights in int8 cost: a model reads a text token by token, as in
+// decoding, with states in fp32 and in bf16, and with weights in int8 that share a scale by 32, by
+// 128, and by row.
 //
 //   gdn_state_drift MODEL TEXT [tokens]
 //
 // MODEL: a folder that `gdn train` wrote. Prints nats a token and, over the last tenth of them, the
-// difference of the logits relative to those with fp32 states.
+// difference of the logits relative to those with states and weights in fp32.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -60,9 +62,18 @@ int main(int argc, char** argv) {
   auto model = gdn::load_pretrained(argv[1], at::kCPU, at::kFloat);
   model->eval();
   const Reading wide = read(model, tokens, at::kFloat);
-  const Reading narrow = read(model, tokens, at::kBFloat16);
-  const double drift =
-      ((narrow.last_tenth - wide.last_tenth).norm() / wide.last_tenth.norm()).item<double>();
-  std::printf("%zu tokens: fp32 states %.5f nats a token, bf16 %.5f; logits differ by %.2e\n",
-              tokens.size() - 1, wide.nats, narrow.nats, drift);
+  std::printf("%zu tokens: fp32 %.5f nats a token\n", tokens.size() - 1, wide.nats);
+  const auto report = [&](const char* name, const Reading& reading) {
+    const double drift =
+        ((reading.last_tenth - wide.last_tenth).norm() / wide.last_tenth.norm()).item<double>();
+    std::printf("%s: %.5f, %+.5f; logits differ by %.2e\n", name, reading.nats,
+                reading.nats - wide.nats, drift);
+  };
+  report("bf16 states", read(model, tokens, at::kBFloat16));
+  for (const auto& [name, group] :
+       {std::pair("int8 by 32", 32), {"int8 by 128", 128}, {"int8 by row", 0}}) {
+    auto rounded = gdn::load_pretrained(argv[1], at::kCPU, at::kFloat, group);
+    rounded->eval();
+    report(name, read(rounded, tokens, at::kFloat));
+  }
 }

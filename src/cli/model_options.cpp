@@ -1,5 +1,8 @@
 #include <cstdio>
+#include <optional>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <unistd.h>
 
 #include <ATen/Parallel.h>
@@ -22,19 +25,47 @@ void ModelOptions::declare(CLI::App& app) {
                  "is one");
   app.add_option("--dtype", dtype, "Type of weights and activations")
       ->check(CLI::IsMember({"fp32", "bf16", "fp16"}));
+  CLI::Option* const weights =
+      app.add_option("--weight-dtype", weight_dtype,
+                     "int8: round every matrix (projections, embeddings, head) as it is loaded, on "
+                     "a CPU; else the weights are of --dtype")
+          ->check(CLI::IsMember({"int8"}));
+  app.add_option("--weight-group", weight_group,
+                 "Numbers of a matrix's row that share a scale in int8, a power of two of at least "
+                 "32; 0: the row")
+      ->needs(weights)
+      ->check(CLI::Validator(
+          [](const std::string& text) {
+            constexpr std::string_view kExpected = "must be 0 or a power of two of at least 32";
+            int64_t size = 0;
+            const bool number = CLI::detail::lexical_cast(text, size);
+            const bool power = size >= 32 && (size & (size - 1)) == 0;
+            return number && (size == 0 || power) ? "" : std::string(kExpected) + ", got " + text;
+          },
+          "POWER OF TWO"));
   app.add_option("--threads", threads, "CPU threads; 0: as many as torch would use")
       ->check(CLI::NonNegativeNumber);
 }
 
 GatedDeltaNetForCausalLM ModelOptions::load_model() const {
   if (threads > 0) at::set_num_threads(static_cast<int>(threads));
-  const DeviceChoice choice = choose_device(device);
+  const bool int8 = weight_dtype == "int8";
+  const DeviceChoice choice = choose_device(int8 && device == "auto" ? "cpu" : device);
+  if (int8 && !choice.device.is_cpu()) {
+    throw std::invalid_argument("--weight-dtype int8 must be used with --device cpu, got " +
+                                device);
+  }
   if (!choice.note.empty() && isatty(STDERR_FILENO) != 0) {
     std::fprintf(stderr, "%s\n", choice.note.c_str());
   }
   const auto type = dtype == "bf16" ? at::kBFloat16 : dtype == "fp16" ? at::kHalf : at::kFloat;
-  GatedDeltaNetForCausalLM loaded = load_pretrained(model, choice.device, type);
+  GatedDeltaNetForCausalLM loaded = load_pretrained(
+      model, choice.device, type, int8 ? std::optional(weight_group) : std::nullopt);
   loaded->eval();
+  if (int8 && isatty(STDERR_FILENO) != 0) {
+    std::fprintf(stderr, "weights in int8: %.1f MB\n",
+                 static_cast<double>(loaded->nbytes()) * 1e-6);
+  }
   return loaded;
 }
 

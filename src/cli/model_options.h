@@ -19,11 +19,13 @@ struct ModelOptions {
   std::string tokenizer;  ///< empty: the model folder's
   std::string device = "auto";
   std::string dtype = "fp32";
+  std::string weight_dtype;  ///< empty: dtype
+  int64_t weight_group = 128;
   int64_t threads = 0;
 
   void declare(CLI::App& app);
-  /// Sets the number of threads, chooses the device (and tells a terminal what "auto" has chosen),
-  /// and loads the model in evaluation mode.
+  /// Sets the number of threads, chooses the device, loads the model in evaluation mode, and tells
+  /// a terminal what "auto" has chosen and how large weights of int8 are.
   GatedDeltaNetForCausalLM load_model() const;
   std::unique_ptr<Tokenizer> make_tokenizer_for(const GatedDeltaNetConfig& config) const;
 };

@@ -16,8 +16,7 @@ namespace gdn::kernels {
 class Shares {
  public:
   Shares(int64_t count, int64_t threads)
-      : grain_(std::max<int64_t>(1, count / (threads * 8))),
-        shares_(static_cast<size_t>(threads)) {
+      : grain_(std::max<int64_t>(1, count / (threads * 8))), shares_(static_cast<size_t>(threads)) {
     for (int64_t i = 0; i < threads; ++i) {
       shares_[static_cast<size_t>(i)].next = count * i / threads;
       shares_[static_cast<size_t>(i)].end = count * (i + 1) / threads;

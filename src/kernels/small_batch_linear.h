@@ -1,18 +1,21 @@
 // Parameters of a linear map of a few rows, with what stands before and after it in a decoding
 // step.
 //
-//   z_i = x_i                                                          without a norm
-//   z_i = x_i r norm_weight_{i mod G} silu(gate_i)      r = rsqrt(mean(x^2) + eps), of i's group of
-//   G y_n = sum_i weight_{n i} z_i                                       and then one of
+//   z_i = x_i                                          without a norm
+//   z_i = x_i r norm_weight_{i mod G} silu(gate_i)     r = rsqrt(mean(x^2) + eps), of i's group of
+//   G y_n = sum_i weight_{n i} z_i                       and then one of
 //
 //   y_n + residual_n
-//   silu(y_n) y_{N + n}                                                SwiGLU: the weight has 2 N
-//   rows silu(bias_n + sum_w taps_{n w} c_w) for n < channels, else y_n     the short convolution:
-//   c are
-//                                                                      its state's W - 1 inputs and
-//                                                                      y_n, which joins the state
+//   silu(y_n) y_{N + n}                                SwiGLU: the weight has 2 N rows
+//   silu(bias_n + sum_w taps_{n w} c_w)                the short convolution, for n < channels,
+//   else
+//                                                      y_n: c are its state's W - 1 inputs and y_n,
+//                                                      which joins the state
 //
-// Dimensions: M rows, D inputs, N outputs, G inputs of a norm's group (it divides D), W taps.
+// A weight of int8 stands for weight_{n i} scales_{n, i / Q}.
+//
+// Dimensions: M rows, D inputs, N outputs, G inputs of a norm's group (it divides D), W taps, Q
+// inputs of a scale.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +26,13 @@ namespace gdn::kernels {
 
 struct SmallBatchLinear {
   int64_t M = 0, N = 0, D = 0;
-  DType dtype = DType::bf16;     // of everything
+  DType dtype = DType::bf16;     // of everything; of all but the weight and scales where it is int8
   ConstView2 x;                  // [M, D]
   const void* weight = nullptr;  // [N, D], or [2 N, D] with swiglu; contiguous
+
+  const float* scales =
+      nullptr;             // [rows of the weight, ceil(D / Q)] contiguous: the weight is int8
+  int64_t scale_size = 0;  // Q
 
   const void* norm_weight = nullptr;  // [G], or null: no norm
   int64_t norm_size = 0;              // G
@@ -43,6 +50,7 @@ struct SmallBatchLinear {
   /// The work queued just before has not written weight and norm_weight: they may be read while it
   /// still runs.
   bool overlap = false;
+  ParallelFor parallel_for = serial_for;  // on a CPU
 };
 
 }  // namespace gdn::kernels

@@ -5,7 +5,6 @@
 #include <gdn/layers/gated_deltanet.h>
 #include <gdn/layers/packing.h>
 #include <gdn/layers/recompute.h>
-#include <gdn/ops/common/linears.h>
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
 
@@ -103,10 +102,10 @@ at::Tensor GatedDeltaNetImpl::mix(const at::Tensor& hidden_states,
                 {N, value_heads_, options.head_dim, head_v_dim_}, "[N, HV, K, V]");
   }
   const bool recompute = cache == nullptr && options.recompute.value_or(!hidden_states.is_cpu());
-  std::vector<at::Tensor> weights = {q_proj->weight, k_proj->weight, v_proj->weight, a_proj->weight,
-                                     b_proj->weight};
-  if (options.use_gate) weights.push_back(g_proj->weight);
-  const std::vector<at::Tensor> projections = linears(hidden_states, weights);
+  std::vector<Matrix> matrices = {q_proj->matrix(), k_proj->matrix(), v_proj->matrix(),
+                                  a_proj->matrix(), b_proj->matrix()};
+  if (options.use_gate) matrices.push_back(g_proj->matrix());
+  const std::vector<at::Tensor> projections = multiply(hidden_states, matrices);
   if (!recompute) return o_proj(mix_projections(projections, cu_seqlens, cache));
   const auto self = std::static_pointer_cast<GatedDeltaNetImpl>(shared_from_this());
   return o_proj(recompute_in_backward(

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <string>
+#include <string_view>
 
 #include <ATen/ATen.h>
 
@@ -123,16 +124,16 @@ CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input)
   }
   at::Tensor hidden_states = model_->forward(
       ids, cu_seqlens, input.cache != nullptr ? &input.cache->layers : nullptr);  // [B, T, hidden]
-  const at::Tensor head = lm_head_.is_empty() ? model_->embedding_weight() : lm_head_->weight;
+  const Matrix head = head_matrix();
 
   CausalLMOutput output;
   if (labels.defined()) {
     const at::Tensor targets = next_token_targets(labels, cu_seqlens).flatten();
-    if (config_.fuse_linear_cross_entropy) {
-      output.loss = token_linear_cross_entropy(hidden_states.flatten(0, 1), head, targets);
+    if (config_.fuse_linear_cross_entropy && !head.scales) {
+      output.loss = token_linear_cross_entropy(hidden_states.flatten(0, 1), head.weight, targets);
       return output;
     }
-    output.logits = project(hidden_states, head);  // [B, T, vocab]
+    output.logits = multiply(hidden_states, head);  // [B, T, vocab]
     output.loss =
         token_cross_entropy(output.logits.flatten(0, 1), targets, config_.fuse_cross_entropy);
   }
@@ -141,7 +142,7 @@ CausalLMOutput GatedDeltaNetForCausalLMImpl::forward(const CausalLMInput& input)
     return (padding ? padding->repad(x) : x).narrow(1, T - kept, kept);
   };
   output.logits =
-      output.logits.defined() ? keep(output.logits) : project(keep(hidden_states), head);
+      output.logits.defined() ? keep(output.logits) : multiply(keep(hidden_states), head);
   return output;
 }
 
@@ -153,6 +154,29 @@ int64_t GatedDeltaNetForCausalLMImpl::parameter_count() const {
   int64_t count = 0;
   for (const at::Tensor& parameter : parameters()) count += parameter.numel();
   return count;
+}
+
+int64_t GatedDeltaNetForCausalLMImpl::nbytes() const {
+  size_t bytes = 0;
+  for (const at::Tensor& parameter : parameters()) bytes += parameter.nbytes();
+  for (const at::Tensor& buffer : buffers()) bytes += buffer.nbytes();
+  return static_cast<int64_t>(bytes);
+}
+
+void GatedDeltaNetForCausalLMImpl::round_to_int8(const std::string& key, int64_t scale_size) {
+  if (key == "model.embeddings.weight") return model_->round_embeddings_to_int8(scale_size);
+  constexpr std::string_view kWeight = ".weight";
+  if (!key.ends_with(kWeight)) return;
+  const auto modules = named_modules();
+  const auto* found = modules.find(key.substr(0, key.size() - kWeight.size()));
+  auto* linear = found != nullptr ? (*found)->as<Linear>() : nullptr;
+  if (linear != nullptr) linear->scales = round_weight_to_int8(*linear, scale_size);
+}
+
+Matrix GatedDeltaNetForCausalLMImpl::embedding_matrix() const { return model_->embedding_matrix(); }
+
+Matrix GatedDeltaNetForCausalLMImpl::head_matrix() const {
+  return lm_head_.is_empty() ? model_->embedding_matrix() : lm_head_->matrix();
 }
 
 }  // namespace gdn

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include <torch/nn.h>
 
@@ -53,6 +54,13 @@ class GatedDeltaNetForCausalLMImpl : public torch::nn::Module {
   /// Recomputes each layer's activations in the backward instead of keeping them.
   void set_activation_checkpointing(bool on);
   int64_t parameter_count() const;
+  int64_t nbytes() const;  ///< of parameters and of the scales of those in int8
+  /// Rounds the parameter `key` to int8 if it is a matrix that tokens are multiplied by or looked
+  /// up in: projections, embeddings and head. From then on the model computes on a CPU and without
+  /// gradients. `scale_size`: see round_to_int8.
+  void round_to_int8(const std::string& key, int64_t scale_size);
+  Matrix embedding_matrix() const;  ///< [vocab_size, hidden_size]
+  Matrix head_matrix() const;       ///< the same if tied
 
  private:
   void make_modules();

@@ -103,6 +103,10 @@ void save_pretrained(GatedDeltaNetForCausalLM& model, const fs::path& folder,
 
   NamedTensors tensors;
   for (const auto& named : model->named_parameters()) {
+    if (!named.value().is_floating_point()) {
+      throw std::runtime_error(folder.string() + ": \"" + named.key() +
+                               "\" is int8, which model folders do not hold");
+    }
     tensors.emplace_back(named.key(), named.value());
   }
   json config = config_to_json(model->config());
@@ -117,7 +121,11 @@ void save_pretrained(GatedDeltaNetForCausalLM& model, const fs::path& folder,
 }
 
 GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device device,
-                                         std::optional<c10::ScalarType> dtype) {
+                                         std::optional<c10::ScalarType> dtype,
+                                         std::optional<int64_t> int8_scale_size) {
+  if (int8_scale_size && !device.is_cpu()) {
+    throw std::invalid_argument("weights of int8 must be on a CPU, got " + device.str());
+  }
   const GatedDeltaNetConfig config = read_config(folder / kConfigFile);
   fs::path listed;
   std::map<std::string, StoredTensor> weights = read_weights(folder, listed);
@@ -146,6 +154,7 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
     if (stays_wide(key)) type = at::promote_types(type, at::kFloat);
     named.value().set_data(stored.to(device, type, /*non_blocking=*/false, /*copy=*/true));
     weights.erase(found);
+    if (int8_scale_size) model->round_to_int8(key, *int8_scale_size);
   }
   if (!weights.empty()) {
     throw std::runtime_error(weights.begin()->second.file.string() + ": tensor \"" +

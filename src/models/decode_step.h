@@ -8,10 +8,12 @@
 
 #include <gdn/models/cache.h>
 #include <gdn/models/causal_lm.h>
+#include <gdn/modules/linear.h>
 
 namespace gdn {
 
-/// A model's decoding step over static tensors: what it queues can be replayed as a CUDA graph.
+/// A model's decoding step over static tensors: what it queues on a GPU can be replayed as a CUDA
+/// graph.
 /// Five operators a layer: input projections with norm and short convolution, the state, output
 /// projection with gated norm and residual, the MLP's halves; small_batch_linear.h tells how.
 ///
@@ -34,8 +36,8 @@ class DecodeStep {
 
  private:
   struct Layer {
-    at::Tensor attn_norm, in_proj, conv_weight, A_log, dt_bias, o_norm, o_proj;
-    at::Tensor mlp_norm, gate_up_proj, down_proj;
+    at::Tensor attn_norm, conv_weight, A_log, dt_bias, o_norm, mlp_norm;
+    Matrix in_proj, o_proj, gate_up_proj, down_proj;
     at::Tensor conv_state;  // [B, q, k and v channels, W - 1]
     at::Tensor state;       // [B, HV, K, V]
   };
@@ -44,7 +46,8 @@ class DecodeStep {
 
   GatedDeltaNetConfig config_;
   std::vector<Layer> layers_;
-  at::Tensor embeddings_, norm_, head_;
+  at::Tensor norm_;
+  Matrix embeddings_, head_;
 };
 
 }  // namespace gdn

@@ -64,11 +64,16 @@ GatedDeltaNetModelImpl::GatedDeltaNetModelImpl(const GatedDeltaNetConfig& config
                   .size = config.hidden_size, .eps = config.norm_eps, .fused = config.fuse_norm}));
 }
 
+void GatedDeltaNetModelImpl::round_embeddings_to_int8(int64_t scale_size) {
+  embedding_scales_ = round_weight_to_int8(*embeddings_, scale_size);
+}
+
 at::Tensor GatedDeltaNetModelImpl::forward(const at::Tensor& input_ids,
                                            const std::optional<at::Tensor>& cu_seqlens,
                                            std::vector<LayerCache>* caches) {
   // Their sum: [B, T, hidden_size], and after the first layer the residual of the same shape.
-  std::vector<at::Tensor> summands = {embeddings_(input_ids)};
+  std::vector<at::Tensor> summands = {
+      embed(input_ids, embedding_matrix(), norm_->weight.scalar_type())};
   for (size_t i = 0; i < layers_->size(); ++i) {
     const auto layer = layers_->ptr<GatedDeltaNetBlockImpl>(i);
     const auto run = [layer, cu_seqlens, cache = caches != nullptr ? &(*caches)[i] : nullptr](

@@ -40,11 +40,13 @@ class GatedDeltaNetModelImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& input_ids, const std::optional<at::Tensor>& cu_seqlens,
                      std::vector<LayerCache>* caches);
 
-  const at::Tensor& embedding_weight() const { return embeddings_->weight; }  // [vocab, hidden]
+  Matrix embedding_matrix() const { return {embeddings_->weight, embedding_scales_}; }
+  void round_embeddings_to_int8(int64_t scale_size);
   void set_activation_checkpointing(bool on) { checkpointing_ = on; }
 
  private:
   torch::nn::Embedding embeddings_{nullptr};
+  std::optional<at::Tensor> embedding_scales_;  // of weights in int8
   torch::nn::ModuleList layers_;
   RMSNorm norm_{nullptr};
   bool checkpointing_ = false;

@@ -38,19 +38,22 @@ class Draws {
   std::vector<std::mt19937_64> generators_;
 };
 
-/// Runs the model for every token.
+/// Runs the model for every token, by a DecodeStep if there is one.
 class Forwards : public TokenSource {
  public:
-  Forwards(GatedDeltaNetForCausalLM& model, Cache cache, at::Tensor logits,
-           const GenerateOptions& options, Draws draws)
+  Forwards(GatedDeltaNetForCausalLM& model, std::optional<DecodeStep> step, Cache cache,
+           at::Tensor logits, const GenerateOptions& options, Draws draws)
       : model_(model),
+        step_(std::move(step)),
         cache_(std::move(cache)),
         logits_(std::move(logits)),
         options_(options),
         draws_(std::move(draws)) {}
 
   const at::Tensor& next() override {
-    if (tokens_.defined()) {
+    if (tokens_.defined() && step_) {
+      logits_ = step_->forward(tokens_);
+    } else if (tokens_.defined()) {
       const at::Tensor ids = tokens_.unsqueeze(1).to(logits_.device());
       logits_ = model_->forward({.input_ids = ids, .cache = &cache_}).logits.select(1, 0);
     }
@@ -63,14 +66,15 @@ class Forwards : public TokenSource {
   bool should_shrink(int64_t rows, int64_t going_on) const override { return going_on < rows; }
 
   void keep_rows(const at::Tensor& index) override {
-    cache_.select_rows(index);
+    step_ ? step_->select_rows(index) : cache_.select_rows(index);
     draws_.keep_rows(index);
     tokens_ = tokens_.index_select(0, index);
   }
 
  private:
   GatedDeltaNetForCausalLM& model_;
-  Cache cache_;
+  std::optional<DecodeStep> step_;
+  Cache cache_;  // without a step
   at::Tensor logits_;
   const GenerateOptions& options_;
   Draws draws_;
@@ -154,15 +158,21 @@ std::unique_ptr<TokenSource> make_token_source(GatedDeltaNetForCausalLM& model, 
                                                const GenerateOptions& options,
                                                std::vector<std::mt19937_64> generators) {
   Draws draws(std::move(generators));
-  if (logits.is_cuda()) {
-    const std::string why_not = DecodeStep::why_not(model->config());
-    if (why_not.empty()) {
-      log_choice("generate: CUDA graph", "every layer's state has a constant size");
-      return std::make_unique<Replays>(model, std::move(cache), logits, options, std::move(draws));
-    }
-    log_choice("generate: the model's forward, not a CUDA graph", why_not);
+  const std::string why_not = DecodeStep::why_not(model->config());
+  constexpr const char* kWhy = "every layer's state has a constant size";
+  if (why_not.empty() && logits.is_cuda()) {
+    log_choice("generate: CUDA graph", kWhy);
+    return std::make_unique<Replays>(model, std::move(cache), logits, options, std::move(draws));
   }
-  return std::make_unique<Forwards>(model, std::move(cache), logits, options, std::move(draws));
+  std::optional<DecodeStep> step;
+  if (why_not.empty()) {
+    log_choice("generate: five operators a layer", kWhy);
+    step.emplace(model, std::move(cache));
+  } else {
+    log_choice("generate: the model's forward", why_not);
+  }
+  return std::make_unique<Forwards>(model, std::move(step), std::move(cache), logits, options,
+                                    std::move(draws));
 }
 
 }  // namespace gdn

@@ -26,9 +26,8 @@ class TokenSource {
 };
 
 /// Goes on from `logits` [B, vocab], those after the tokens that filled `cache`; `generators`: one
-/// a row. Runs the model for at most options.max_new_tokens tokens. On a GPU it replays a
-/// DecodeStep where the model allows it, and is a step ahead of the caller; else it runs the model
-/// each time.
+/// a row. Runs the model for at most options.max_new_tokens tokens: by a DecodeStep where the model
+/// allows it, which a GPU replays, a step ahead of the caller; else by the model's forward.
 std::unique_ptr<TokenSource> make_token_source(GatedDeltaNetForCausalLM& model, Cache cache,
                                                const at::Tensor& logits,
                                                const GenerateOptions& options,

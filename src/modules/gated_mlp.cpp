@@ -2,7 +2,6 @@
 
 #include <gdn/modules/autocast.h>
 #include <gdn/modules/gated_mlp.h>
-#include <gdn/ops/common/linears.h>
 #include <gdn/ops/common/swiglu.h>
 
 namespace gdn {
@@ -20,8 +19,9 @@ void GatedMLPImpl::reset() {
 
 at::Tensor GatedMLPImpl::forward(const at::Tensor& x) {
   const at::Tensor input = cast_for_autocast(x);
-  const auto projected = linears(input, {gate_proj->weight, up_proj->weight});
+  const auto projected = multiply(input, std::vector{gate_proj->matrix(), up_proj->matrix()});
   const at::Tensor &gate = projected[0], &up = projected[1];
+  if (options.fuse_swiglu && down_proj->scales) return down_proj(swiglu(gate, up));
   if (options.fuse_swiglu) return swiglu_linear(gate, up, down_proj->weight);
   return down_proj(at::silu(gate) * up);
 }

@@ -104,6 +104,12 @@ class Usage(CommandTest):
         self.assert_fails(train(self.folder / "run", "--preset", "huge"), 2, "huge")
         self.assert_fails(train(self.folder / "run", "--batch-size", "0"), 2, "batch")
         self.assert_fails(gdn("generate", "--model", MODEL, "--top-p", "2"), 2, "--top-p")
+        for wrong in (
+            ["--weight-dtype", "int4"],
+            ["--weight-group", "64"],
+            ["--weight-dtype", "int8", "--weight-group", "48"],
+        ):
+            self.assert_fails(gdn("generate", "--model", MODEL, *wrong), 2, wrong[-2])
         self.assertFalse((self.folder / "run").exists())
 
 
@@ -261,6 +267,25 @@ class Generate(CommandTest):
         self.assert_fails(gdn(*arguments, "--device", "cuda:99"), 1, "device cuda:99")
         evaluated = gdn("eval", "--model", MODEL, "--data", TEXT, "--device", "cuda:99")
         self.assert_fails(evaluated, 1, "device cuda:99")
+
+    def test_weights_in_int8(self):
+        options = ["--prompt", "state gate", "--max-new-tokens=8", "--temperature=0"]
+        for group in (0, 32):
+            int8 = ["--weight-dtype=int8", f"--weight-group={group}"]
+            self.assertNotEqual(self.assert_succeeds(self.generate(*options, *int8)), b"")
+            losses = [
+                json.loads(
+                    self.assert_succeeds(
+                        gdn("eval", "--model", MODEL, "--data", TEXT, "--json", *more)
+                    )
+                )["loss"]
+                for more in ([], int8)
+            ]
+            self.assertNotEqual(*losses)
+            self.assertAlmostEqual(*losses, delta=0.02)
+        self.assert_fails(
+            self.generate(*options, "--weight-dtype=int8", "--device=cuda"), 1, "cuda"
+        )
 
     def test_several_prompts_do_not_change_each_other(self):
         options = ["--max-new-tokens=12", "--json", "--temperature=0"]

@@ -4,7 +4,9 @@
 #include <nlohmann/json.hpp>
 
 #include <gdn/models/checkpoint.h>
+#include <gdn/models/generate.h>
 #include <gdn/models/safetensors.h>
+#include <gdn/ops/common/int8_weight.h>
 
 #include "models/tiny_models.h"
 
@@ -125,6 +127,53 @@ TEST(Checkpoint, DtypeIsTheFilesOrTheCallers) {
   GatedDeltaNetForCausalLM cast = load_pretrained(folder / "wide", torch::kCPU, torch::kBFloat16);
   expect_same_model(cast, model);
   EXPECT_EQ(cast->named_parameters()["model.layers.0.attn.A_log"].scalar_type(), torch::kFloat);
+}
+
+TEST(Checkpoint, MatricesBecomeInt8AsTheyAreLoaded) {
+  const torch::NoGradGuard no_grad;
+  for (const bool tied : {false, true}) {
+    const TestFolder folder;
+    GatedDeltaNetConfig config = hybrid_config();
+    config.tie_word_embeddings = tied;
+    GatedDeltaNetForCausalLM model = make_model(config);
+    save_pretrained(model, folder.path());
+    GatedDeltaNetForCausalLM rounded =
+        load_pretrained(folder.path(), torch::kCPU, torch::kFloat, /*int8_scale_size=*/32);
+    rounded->eval();
+    // A model with the rounded weights in fp32 computes the same.
+    auto wide = model->named_parameters();
+    const auto narrow = rounded->named_parameters(), scales = rounded->named_buffers();
+    int64_t matrices = 0;
+    for (const auto& named : narrow) {
+      if (named.value().scalar_type() != torch::kChar) {
+        EXPECT_TRUE(named.key().ends_with("norm.weight") || named.value().dim() != 2)
+            << named.key();
+        continue;
+      }
+      ++matrices;
+      const std::string module = named.key().substr(0, named.key().size() - 7);  // ".weight"
+      wide[named.key()].copy_(from_int8({named.value(), scales[module + ".scales"]}, at::kFloat));
+    }
+    EXPECT_EQ(matrices, 10 + 2 * 7 + (tied ? 1 : 2));  // a layer of ours, two of attention
+    EXPECT_LT(rounded->nbytes(), model->nbytes() / 2);
+    for (const int64_t T : {1, 5, 40}) {
+      const at::Tensor ids = random_ids(config, 2, T);
+      const auto got = rounded->forward({.input_ids = ids, .labels = ids});
+      const auto want = model->forward({.input_ids = ids, .labels = ids});
+      expect_close(got.loss, want.loss);
+      expect_close(rounded->forward({.input_ids = ids}).logits,
+                   model->forward({.input_ids = ids}).logits);
+    }
+    EXPECT_EQ(generate(rounded, {{1, 2}, {3}}, {.max_new_tokens = 9, .temperature = 0}),
+              generate(model, {{1, 2}, {3}}, {.max_new_tokens = 9, .temperature = 0}));
+    EXPECT_NE(message_of<std::runtime_error>([&] {
+                save_pretrained(rounded, folder.path());
+              }).find("is int8"),
+              std::string::npos);
+  }
+  EXPECT_EQ(message_of<std::invalid_argument>(
+                [] { load_pretrained("none", torch::Device("cuda:0"), torch::kFloat, 32); }),
+            "weights of int8 must be on a CPU, got cuda:0");
 }
 
 /// flash-linear-attention names the same keys; its bf16 checkpoints hold bf16 gates, and some

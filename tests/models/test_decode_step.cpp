@@ -79,6 +79,17 @@ TEST_P(DecodeSteps, JoinTheWeightsWithoutChangingThemOrTheMemory) {
 
 INSTANTIATE_TEST_SUITE_P(GateAndWithout, DecodeSteps, ::testing::Bool());
 
+/// The forward computes with the rounded weights too: what is left are sums in another order.
+TEST_P(DecodeSteps, EqualTheForwardInInt8) {
+  for (const auto& key : model_->named_parameters().keys()) model_->round_to_int8(key, 32);
+  DecodeStep step(model_, prefilled(prompt_));
+  const at::Tensor* joined = model_->named_buffers().find("model.layers.0.attn.k_proj.scales");
+  ASSERT_NE(joined, nullptr);
+  for (int64_t t = kPrompt; t < ids_.size(1); ++t) {
+    expect_close(step.forward(ids_.select(1, t)), uncached(ids_.narrow(1, 0, t + 1)));
+  }
+}
+
 TEST(DecodeStepsOf, ModelsWithOtherLayersAreRefused) {
   EXPECT_EQ(DecodeStep::why_not(tiny_config()), "");
   EXPECT_EQ(DecodeStep::why_not(hybrid_config()), "layer 1 is attention, whose cache grows");

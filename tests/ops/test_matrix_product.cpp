@@ -30,7 +30,8 @@ TEST(MatrixLibrary, ProductsInFp32AreRoundedOnce) {
   torch::manual_seed(1);
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     const double rounding = dtype == at::kHalf ? 0x1p-11 : 0x1p-8;
-    const at::Tensor a = torch::randn({5, 2100}).to(dtype), b = torch::randn({4300, 2100}).to(dtype);
+    const at::Tensor a = torch::randn({5, 2100}).to(dtype),
+                     b = torch::randn({4300, 2100}).to(dtype);
     at::Tensor out = torch::empty({5, 4300}, dtype);
     product_in_fp32(out, a, b.t());  // more than one copy's columns
     EXPECT_LT(error(out, a, b.t()), rounding);

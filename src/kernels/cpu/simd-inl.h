@@ -1,4 +1,5 @@
-// Vectors of fp32 from and to memory of fp32, bf16 or fp16, and activation functions on them.
+// Vectors of fp32 from and to memory of fp32, bf16 or fp16, and from int8, and activation functions
+// on them.
 //
 // It extends Highway's vocabulary, so the names follow Highway's. Include it, as every -inl header,
 // after foreach_target.h.
@@ -95,6 +96,11 @@ HWY_INLINE hn::Vec<D> LoadF32(D d, const hwy::bfloat16_t* p) {
 template <class D>
 HWY_INLINE hn::Vec<D> LoadF32(D d, const hwy::float16_t* p) {
   return PromoteF16(d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), p));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadF32(D d, const int8_t* p) {
+  const auto whole = hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(hn::Rebind<int8_t, D>(), p));
+  return hn::ConvertTo(d, whole);
 }
 
 /// Writes v to the next Lanes(d) elements at p, rounded to nearest even.

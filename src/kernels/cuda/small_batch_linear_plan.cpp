@@ -36,6 +36,7 @@ std::string why_not_small_batch_linear(const SmallBatchLinear& p, ComputeCapabil
            std::to_string(capability.minor) + ", 8.0 is needed";
   }
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "the tensors are not bf16 or fp16";
+  if (p.scales != nullptr) return "the weight is int8";
   if (p.M > kMaxSmallBatch) {
     return std::to_string(p.M) + " rows, more than " + std::to_string(kMaxSmallBatch);
   }

@@ -14,8 +14,8 @@
 #include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
-#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/cu_seqlens.h>
+#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/parallel.h>
 #include <gdn/ops/utils/views.h>
 

@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <gdn/kernels/cpu/small_batch_linear.h>
 #include <gdn/ops/common/causal_conv1d.h>
+#include <gdn/ops/common/int8_weight.h>
 #include <gdn/ops/common/norm.h>
 #include <gdn/ops/common/small_batch_linear.h>
 #include <gdn/ops/common/swiglu.h>
@@ -12,6 +14,7 @@
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/log_choice.h>
 #include <gdn/ops/utils/matrix_product.h>
+#include <gdn/ops/utils/parallel.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -21,6 +24,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr std::string_view kOp = "small_batch_linear";
 constexpr int64_t kRowBytes = 16;
+/// Up to so many rows a weight's elements come from memory no faster than the CPU kernel uses them.
+constexpr int64_t kCpuRows = 16;
 
 /// N, the number of outputs.
 c10::SymInt outputs(const at::Tensor& weight, bool swiglu) {
@@ -32,7 +37,11 @@ void check(const at::Tensor& x, const at::Tensor& weight, const SmallBatchLinear
   check_shape(kOp, "x", x, {-1, -1}, "[M, D]");
   const c10::SymInt M = x.sym_size(0), D = x.sym_size(1);
   check_shape(kOp, "weight", weight, {-1, D}, "[N, D]");
-  check_like(kOp, "weight", weight, "x", x);
+  if (o.scales) {
+    check_int8_weight(kOp, weight, *o.scales, x);
+  } else {
+    check_like(kOp, "weight", weight, "x", x);
+  }
   if (o.swiglu && weight.sym_size(0) % 2 != 0) {
     reject(kOp, "weight", "of an even number of rows with swiglu", describe(weight));
   }
@@ -107,7 +116,9 @@ at::Tensor normed(const at::Tensor& x, const SmallBatchLinearOptions& o) {
 /// As the operators for any number of rows compute it.
 at::Tensor composed(const at::Tensor& x, const at::Tensor& weight,
                     const SmallBatchLinearOptions& o) {
-  const at::Tensor products = linear_product(normed(x, o), weight);
+  const at::Tensor z = normed(x, o);
+  const at::Tensor products =
+      o.scales ? int8_linear(z, {weight, *o.scales}) : linear_product(z, weight);
   if (o.swiglu) {
     const int64_t N = products.size(1) / 2;
     return with_row_stride(swiglu(products.narrow(1, 0, N), products.narrow(1, N, N)));
@@ -135,7 +146,15 @@ struct Request {
     p.D = x.size(1);
     p.dtype = kernel_dtype(x.scalar_type());
     p.x = rows("x", x);
-    p.weight = parameter("weight", weight, x);
+    if (o.scales) {
+      if (!weight.is_contiguous()) why_not = "weight is not contiguous";
+      if (!o.scales->is_contiguous()) why_not = "scales is not contiguous";
+      p.weight = weight.const_data_ptr();
+      p.scales = o.scales->const_data_ptr<float>();
+      p.scale_size = int8_scale_size(p.D, o.scales->size(1));
+    } else {
+      p.weight = parameter("weight", weight, x);
+    }
     if (o.norm_weight) {
       p.norm_weight = parameter("norm_weight", *o.norm_weight, x);
       p.norm_size = o.norm_weight->size(0);
@@ -154,6 +173,7 @@ struct Request {
     }
     p.y = mutable_view2(y);
     p.overlap = o.overlap;
+    p.parallel_for = torch_parallel_for;
   }
 
  private:
@@ -168,7 +188,19 @@ struct Request {
   }
 };
 
-/// Runs the kernel, or returns why it cannot.
+/// Runs the kernel on a CPU, or returns why it cannot.
+std::string run_cpu_kernel(const at::Tensor& x, const at::Tensor& weight,
+                           const SmallBatchLinearOptions& o, const at::Tensor& y) {
+  if (x.scalar_type() == at::kDouble) return "fp64";
+  if (x.size(0) > kCpuRows) return "more than " + std::to_string(kCpuRows) + " rows";
+  const Request request(x, weight, o, y);
+  if (!request.why_not.empty()) return request.why_not;
+  log_choice("cpu::small_batch_linear", "a few rows");
+  kernels::cpu::small_batch_linear(request.p);
+  return {};
+}
+
+/// Runs the kernel on a GPU, or returns why it cannot.
 std::string run_kernel(const at::Tensor& x, const at::Tensor& weight,
                        const SmallBatchLinearOptions& o, const at::Tensor& y) {
   const Request request(x, weight, o, y);
@@ -185,24 +217,29 @@ using Signature = at::Tensor(const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& gate, const OptionalTensor& residual,
                              bool swiglu, const OptionalTensor& conv_weight,
                              const OptionalTensor& conv_bias, const OptionalTensor& conv_state,
-                             bool overlap);
+                             bool overlap, const OptionalTensor& scales);
 
 at::Tensor on_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_weight,
                   double eps, const OptionalTensor& gate, const OptionalTensor& residual,
                   bool swiglu, const OptionalTensor& conv_weight, const OptionalTensor& conv_bias,
-                  const OptionalTensor& conv_state, bool overlap) {
-  const SmallBatchLinearOptions o{norm_weight, eps,       gate,       residual, swiglu,
-                                  conv_weight, conv_bias, conv_state, overlap};
+                  const OptionalTensor& conv_state, bool overlap, const OptionalTensor& scales) {
+  const SmallBatchLinearOptions o{scales, norm_weight, eps,       gate,       residual,
+                                  swiglu, conv_weight, conv_bias, conv_state, overlap};
   check(x, weight, o);
+  const at::Tensor y = allocate(x, outputs(weight, swiglu));
+  if (y.numel() == 0) return y;
+  const std::string why_not = run_cpu_kernel(x, weight, o, y);
+  if (why_not.empty()) return y;
+  log_choice("small_batch_linear, composed", why_not);
   return composed(x, weight, o);
 }
 
 at::Tensor on_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_weight,
                    double eps, const OptionalTensor& gate, const OptionalTensor& residual,
                    bool swiglu, const OptionalTensor& conv_weight, const OptionalTensor& conv_bias,
-                   const OptionalTensor& conv_state, bool overlap) {
-  const SmallBatchLinearOptions o{norm_weight, eps,       gate,       residual, swiglu,
-                                  conv_weight, conv_bias, conv_state, overlap};
+                   const OptionalTensor& conv_state, bool overlap, const OptionalTensor& scales) {
+  const SmallBatchLinearOptions o{scales, norm_weight, eps,       gate,       residual,
+                                  swiglu, conv_weight, conv_bias, conv_state, overlap};
   check(x, weight, o);
   at::Tensor y = allocate(x, outputs(weight, swiglu));
   if (y.numel() == 0) return y;
@@ -210,7 +247,8 @@ at::Tensor on_cuda(const at::Tensor& x, const at::Tensor& weight, const Optional
   if (why_not.empty()) return y;
   if (o.norm_weight) {  // perhaps the norm alone stands in the way
     SmallBatchLinearOptions rest = o;
-    rest.norm_weight = rest.gate = std::nullopt;
+    rest.norm_weight.reset();
+    rest.gate.reset();
     why_not = run_kernel(normed(x, o), weight, rest, y);
     if (why_not.empty()) return y;
   }
@@ -221,9 +259,10 @@ at::Tensor on_cuda(const at::Tensor& x, const at::Tensor& weight, const Optional
 at::Tensor on_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_weight,
                    double eps, const OptionalTensor& gate, const OptionalTensor& residual,
                    bool swiglu, const OptionalTensor& conv_weight, const OptionalTensor& conv_bias,
-                   const OptionalTensor& conv_state, bool overlap) {
+                   const OptionalTensor& conv_state, bool overlap, const OptionalTensor& scales) {
   check(x, weight,
-        {norm_weight, eps, gate, residual, swiglu, conv_weight, conv_bias, conv_state, overlap});
+        {scales, norm_weight, eps, gate, residual, swiglu, conv_weight, conv_bias, conv_state,
+         overlap});
   return allocate(x, outputs(weight, swiglu));
 }
 
@@ -237,14 +276,14 @@ const auto& handle() {
 at::Tensor autograd(const at::Tensor& x, const at::Tensor& weight,
                     const OptionalTensor& norm_weight, double eps, const OptionalTensor& gate,
                     const OptionalTensor& residual, bool swiglu, const OptionalTensor& conv_weight,
-                    const OptionalTensor& conv_bias, const OptionalTensor& conv_state,
-                    bool overlap) {
+                    const OptionalTensor& conv_bias, const OptionalTensor& conv_state, bool overlap,
+                    const OptionalTensor& scales) {
   if (needs_gradient(x, weight, norm_weight, gate, residual, conv_weight, conv_bias, conv_state)) {
     reject(kOp, "every tensor", "without gradient (call it under no_grad)", "requires_grad");
   }
   const at::AutoDispatchBelowAutograd guard;  // keeps ADInplaceOrView, which counts the mutation
   return handle().call(x, weight, norm_weight, eps, gate, residual, swiglu, conv_weight, conv_bias,
-                       conv_state, overlap);
+                       conv_state, overlap, scales);
 }
 
 }  // namespace
@@ -252,7 +291,7 @@ at::Tensor autograd(const at::Tensor& x, const at::Tensor& weight,
 at::Tensor small_batch_linear(const at::Tensor& x, const at::Tensor& weight,
                               const SmallBatchLinearOptions& o) {
   return handle().call(x, weight, o.norm_weight, o.eps, o.gate, o.residual, o.swiglu, o.conv_weight,
-                       o.conv_bias, o.conv_state, o.overlap);
+                       o.conv_bias, o.conv_state, o.overlap, o.scales);
 }
 
 }  // namespace gdn
@@ -261,9 +300,8 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
   m.def(
       "small_batch_linear(Tensor x, Tensor weight, Tensor? norm_weight=None, float eps=0.0,"
       " Tensor? gate=None, Tensor? residual=None, bool swiglu=False, Tensor? conv_weight=None,"
-      " Tensor? conv_bias=None, Tensor(a!)? conv_state=None, bool "
-      "overlap=False)"
-      " -> Tensor");
+      " Tensor? conv_bias=None, Tensor(a!)? conv_state=None, bool overlap=False,"
+      " Tensor? scales=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gdn, CPU, m) { m.impl("small_batch_linear", gdn::on_cpu); }

@@ -8,6 +8,9 @@
 namespace gdn {
 
 struct SmallBatchLinearOptions {
+  /// [rows of the weight, groups of a row] fp32, with a weight of int8 on a CPU: what each number
+  /// of a group is multiplied by (see int8_weight.h).
+  std::optional<at::Tensor> scales = std::nullopt;
   /// [G], G a divisor of D: x is first divided by the root mean square of each G neighbours and
   /// multiplied by this.
   std::optional<at::Tensor> norm_weight = std::nullopt;
@@ -29,11 +32,13 @@ struct SmallBatchLinearOptions {
 };
 
 /// x [M, D], weight [N, D] (or [2 N, D]) -> y [M, N] in x's dtype, whose rows start 16 bytes apart
-/// or a multiple of it. At most one of residual, swiglu and the convolution. Up to 8 rows of bf16
-/// or fp16 on a GPU (compute capability 8.0 and newer) take one kernel, which reads the weight once
-/// and rounds only z (see kernels/small_batch_linear.h) and the result; everything else is composed
-/// of rms_norm, at::linear, swiglu and causal_conv1d_update. Not differentiable. Throws
-/// c10::ValueError naming the argument, what was expected and what came.
+/// or a multiple of it. At most one of residual, swiglu and the convolution. Up to 16 rows on a
+/// CPU, and up to 8 rows of bf16 or fp16 on a GPU (compute capability 8.0 and newer), take one
+/// kernel, which reads the weight once and rounds only the result, on a GPU also z (see
+/// kernels/small_batch_linear.h); everything else is composed of rms_norm, at::linear, swiglu and
+/// causal_conv1d_update, for which weights of int8 are multiplied by their scales some rows at a
+/// time. Not differentiable. Throws c10::ValueError naming the argument, what was expected and what
+/// came.
 at::Tensor small_batch_linear(const at::Tensor& x, const at::Tensor& weight,
                               const SmallBatchLinearOptions& options = {});
 

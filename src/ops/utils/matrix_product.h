@@ -23,7 +23,8 @@ MatrixLibrary matrix_library(at::ScalarType dtype, bool is_x86, bool has_avx512,
 /// On this processor.
 MatrixLibrary matrix_library(at::ScalarType dtype, int64_t rows = kFewRows);
 
-/// out [M, N] = a b, the factors as fp32: some columns of b at a time, so that their copy stays small.
+/// out [M, N] = a b, the factors as fp32: some columns of b at a time, so that their copy stays
+/// small.
 void product_in_fp32(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 /// a b, [M, K] and [K, N].
