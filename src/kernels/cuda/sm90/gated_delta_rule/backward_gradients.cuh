@@ -34,6 +34,8 @@ struct GradientRole {
   float gradient[64];  // dQ, dK
   float pairs[32];     // dP, dG
   float scores[32];    // Q K^T, K K^T
+  uint32_t next_tile = 0;
+  uint32_t next_head = 0;  // of a part: gates and sums
 
   __device__ __forceinline__ GradientRole(const BackwardArguments& p, GradientShared& shared,
                                           int thread)
@@ -69,8 +71,101 @@ struct GradientRole {
     pin(product);
   }
 
-  /// One value head; `first` is the number of its first tile.
-  __device__ __forceinline__ void add_head(uint32_t head, uint32_t first) {
+  /// Of the pair's second chunk with the first one, whose K is tile `next`: the gradient begins with
+  /// dP K or dG K; dP^T and dG^T wait in shared memory for the first chunk's dK.
+  __device__ __forceinline__ void begin_across(uint32_t parity) {
+    const uint32_t first_keys = next_tile++;
+    const uint32_t k = wait_tile(first_keys);
+    issue_product<Element>(scores, own_keys(), k);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
+    wgmma_wait<0>();
+    pin(scores);
+    for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTilesAcross) add_head_across();
+
+    uint32_t operand[4][4];
+    to_operand<Element>(pairs, operand);
+    mbarrier_wait(shared_address(&shared.across_empty[0]), parity ^ 1);
+    const uint32_t own = shared_address(kQuery ? shared.d_p_across : shared.d_g_across);
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      store_matrices_transposed(token_row(own, block, at.warp, at.lane), operand[block][0],
+                                operand[block][1], operand[block][2], operand[block][3]);
+    }
+    const uint64_t k_columns = swizzled_tile(k, kHalfTileBytes);
+    pin(gradient);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      wgmma<Element, 128, Major::kOuter>(gradient, operand[j], advance(k_columns, j * 16 * 128), 1);
+    }
+    wgmma_commit();
+    fence_async_proxy();
+    release(shared.across_full[0], at.lane);
+    wgmma_wait<0>();
+    pin(gradient);
+    pin(operand);
+    release_tile(first_keys);
+  }
+
+  /// One value head of that.
+  __device__ __forceinline__ void add_head_across() {
+    const auto gate = slot(shared.gate_full, next_head);
+    const auto stage = slot(shared.sums_full, next_head);
+    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
+    mbarrier_wait(shared_address(&shared.sums_empty[stage.stage]), stage.parity ^ 1);
+    const uint32_t d_o = wait_tile(next_tile + kTileDO);
+    const uint32_t u = wait_tile(next_tile + kTileU);
+    if constexpr (!kQuery) release_tile(next_tile + kTileDO);
+    const uint32_t d_v = wait_tile(next_tile + kTileDV);
+    if constexpr (kQuery) release_tile(next_tile + kTileDV);
+    float product[32];
+    issue_product<Element>(product, kQuery ? d_o : d_v, u);
+    wgmma_wait<0>();
+    pin(product);
+    release_tile(next_tile + kTileU);
+    release_tile(next_tile + (kQuery ? kTileDO : kTileDV));
+    add_pairs_across<kRole>(pairs, product, scores, shared.gates[gate.stage],
+                            shared.sums[stage.stage], at);
+    release(shared.gate_empty[gate.stage], at.lane);
+    release(shared.sums_full[stage.stage], at.lane);
+  }
+
+  /// The first chunk's dK += dP^T Q + dG^T K of the second's Q and K, the next two tiles.
+  __device__ __forceinline__ void end_across(uint32_t parity) {
+    const uint32_t q = wait_tile(next_tile);
+    const uint32_t k = wait_tile(next_tile + 1);
+    if constexpr (!kQuery) {
+      mbarrier_wait(shared_address(&shared.across_full[0]), parity);
+      const uint64_t d_p = swizzled_tile(shared_address(shared.d_p_across));
+      const uint64_t d_g = swizzled_tile(shared_address(shared.d_g_across));
+      pin(gradient);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        wgmma<Element, 128, Major::kOuter>(
+            gradient, advance(d_p, i * 32),
+            advance(swizzled_tile(q, kHalfTileBytes), i * 16 * 128), 1);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        wgmma<Element, 128, Major::kOuter>(
+            gradient, advance(d_g, i * 32),
+            advance(swizzled_tile(k, kHalfTileBytes), i * 16 * 128), 1);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(gradient);
+      release(shared.across_empty[0], at.lane);
+    }
+    release_tile(next_tile++);
+    release_tile(next_tile++);
+  }
+
+  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted.
+  __device__ __forceinline__ void add_head(bool through) {
+    const uint32_t head = next_head;
+    const uint32_t first = next_tile;
     const auto gate = slot(shared.gate_full, head);
     const auto stage = slot(shared.sums_full, head);
     const GateVectors& gates = shared.gates[gate.stage];
@@ -104,9 +199,11 @@ struct GradientRole {
       add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[0], at);
       const uint32_t d_s_0 = wait_tile(first + kTileDS);
       const uint32_t d_s_1 = wait_tile(first + kTileDS + 1);
-      const float sum =
-          inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
-      sums.through[at.warp] = sum_warp(sum);
+      if (through) {
+        const float sum =
+            inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
+        sums.through[at.warp] = sum_warp(sum);
+      }
       release_tile(first + kTileS);
       release_tile(first + kTileS + 1);
     } else {
@@ -129,22 +226,34 @@ struct GradientRole {
   }
 
   __device__ __forceinline__ void run() {
-    const int group = p.HV / p.H;
-    uint32_t head = 0;
-    uint32_t tile = 0;
-    for_each_chunk(p, at.lane, [&](uint32_t n, int, const Work& work, int c) {
-      mbarrier_wait(shared_address(&shared.key_full[0]), n % 2);
-      issue_product<Element>(scores, own_keys(), shared_address(shared.k));
+    uint32_t chunk = 0;    // of this block
+    uint32_t crossed = 0;  // pairs of two chunks
+    for_each_pair(p, at.lane, [&](int, const Work& work, int first, bool both) {
+      clear_gradient();
+      for (int c = first + (both ? 1 : 0); c >= first; --c, ++chunk) {
+        mbarrier_wait(shared_address(&shared.key_full[0]), chunk % 2);
+        const bool second = c > first;
+        if (second) begin_across(crossed % 2);
+        issue_product<Element>(scores, own_keys(), shared_address(shared.k));
 #pragma unroll
-      for (int i = 0; i < 64; ++i) gradient[i] = 0.0F;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
-      wgmma_wait<0>();
-      pin(scores);
-      for (int h = 0; h < group; ++h, ++head, tile += kTiles) add_head(head, tile);
-      add_within_chunk<Element, kRole>(gradient, pairs, shared, n, at);
-      store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, work, c, at);
+        for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
+        wgmma_wait<0>();
+        pin(scores);
+        for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTiles) {
+          add_head(second || !both);
+        }
+        if (both && !second) end_across(crossed++ % 2);
+        add_within_chunk<Element, kRole>(gradient, pairs, shared, chunk, at);
+        store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, work, c, at);
+        clear_gradient();
+      }
     });
+  }
+
+ private:
+  __device__ __forceinline__ void clear_gradient() {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) gradient[i] = 0.0F;
   }
 };
 
@@ -159,6 +268,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     init_barriers(shared.gate_full, shared.gate_empty, 1, 9);
     init_barriers(shared.sums_full, shared.sums_empty, 8, 1);
     init_barriers(shared.d_p_full, shared.d_p_empty, 4, 4);
+    init_barriers(shared.across_full, shared.across_empty, 8, 4);
     mbarrier_init_fence();
     prefetch_tensor_map(&p.q);
     prefetch_tensor_map(&p.k);

@@ -17,10 +17,15 @@ enum Tile : uint32_t {
   kTileDO,
   kTileU,
   kTileDV,
-  kTileS,
+  kTilesAcross,  // what lies between the chunks needs no more
+  kTileS = kTilesAcross,
   kTileDS = kTileS + 2,
   kTiles = kTileDS + 2
 };
+
+/// A pair of chunks in parts, in order: the second chunk's tokens with the first's, then each chunk
+/// by itself. A pair of one chunk has the last part alone.
+enum class Part { kAcross, kSecond, kFirst };
 
 /// The two working warpgroups: what dO and Q give, and what dV, U and K give.
 enum class Role { kQuery, kKey };
@@ -36,13 +41,15 @@ struct ChunkSums {
 };
 
 struct GradientShared {
-  static constexpr int kStages = 10;
+  static constexpr int kStages = 9;
   static constexpr int kGradientGateStages = 3;
   alignas(1024) uint8_t q[kTileBytes];
   alignas(1024) uint8_t k[kTileBytes];
   alignas(1024) uint8_t tiles[kStages][kTileBytes];
   alignas(1024) uint8_t d_p[kMatrixBytes];  // dP^T
   alignas(1024) uint8_t d_g[kMatrixBytes];  // dG^T
+  alignas(1024) uint8_t d_p_across[kMatrixBytes];
+  alignas(1024) uint8_t d_g_across[kMatrixBytes];
   GateVectors gates[kGradientGateStages];
   ChunkSums sums[2];
   alignas(8) uint64_t full[kStages], empty[kStages];
@@ -50,48 +57,96 @@ struct GradientShared {
   uint64_t gate_full[kGradientGateStages], gate_empty[kGradientGateStages];
   uint64_t sums_full[2], sums_empty[2];
   uint64_t d_p_full[1], d_p_empty[1];
+  uint64_t across_full[1], across_empty[1];
 };
 
-/// Calls body(n, chunk, work) for every chunk and key head that is this block's: n counts them,
-/// `chunk` is counted over all sequences, `work` is its sequence and the key head's first value
-/// head, `c` the chunk's number in it.
+/// Calls body(pair, work, c, both) for every pair of chunks and key head that is this block's:
+/// `pair` is counted over all sequences, `work` is its sequence and the key head's first value head,
+/// `c` the first chunk's number in it, `both` whether there is a second.
 template <typename Body>
-__device__ __forceinline__ void for_each_chunk(const BackwardArguments& p, int lane, Body body) {
-  uint32_t n = 0;
-  for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x), ++n) {
-    const int chunk = item / p.H;
-    const Piece piece = find_piece(p, kChunk, chunk, lane);
+__device__ __forceinline__ void for_each_pair(const BackwardArguments& p, int lane, Body body) {
+  for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+    const int pair = item / p.H;
+    const Piece piece = find_piece(p, kPairTokens, pair, lane);
     if (piece.sequence == p.N) return;
-    const int group = p.HV / p.H;
-    body(n, chunk, Work(p, piece.sequence, item % p.H * group), piece.index);
+    const Work work(p, piece.sequence, item % p.H * (p.HV / p.H));
+    const int c = 2 * piece.index;
+    body(pair, work, c, c + 1 < work.chunks);
   }
+}
+
+/// Calls body(work, c, both, part) for every part and value head.
+template <typename Body>
+__device__ __forceinline__ void for_each_part(const BackwardArguments& p, int lane, Body body) {
+  const int group = p.HV / p.H;
+  for_each_pair(p, lane, [&](int, const Work& pair, int c, bool both) {
+    for (int part = both ? 0 : 2; part <= 2; ++part) {
+      Work work = pair;
+      for (int h = 0; h < group; ++h, ++work.value_head) {
+        body(work, c, both, static_cast<Part>(part));
+      }
+    }
+  });
 }
 
 __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientShared& shared,
                                            int lane) {
+  enum Tensor { kQ, kK, kDO, kDV, kU, kS, kDS };
   const int group = p.HV / p.H;
+  const ConstView4 d_v_view = {p.d_v_view.data, p.d_v_view.stride_b, p.d_v_view.stride_t,
+                               p.d_v_view.stride_h};
   uint32_t next = 0;
-  for_each_chunk(p, lane, [&](uint32_t, int chunk, Work work, int c) {
-    for (int h = 0; h < group; ++h, ++work.value_head) {
-      const int64_t entry = p.entry(chunk, work.value_head);
-      for (uint32_t tile = 0; tile < kTiles; ++tile, ++next) {
+  for_each_pair(p, lane, [&](int pair, Work work, int c, bool both) {
+    // K of the first chunk; the value heads' tiles of each part; Q and K of the second.
+    const int first_value_head = work.value_head;
+    for (int step = both ? 0 : 3; step <= (both ? 4 : 3); ++step) {
+      const bool keys = step == 0 || step == 4;
+      const int heads = keys ? 1 : group;
+      const int tiles = step == 0   ? 1
+                        : step == 1 ? static_cast<int>(kTilesAcross)
+                        : step == 4 ? 2
+                                    : static_cast<int>(kTiles);
+      for (int item = 0; item < heads * tiles; ++item, ++next) {
+        const int tile = item % tiles;
+        work.value_head = first_value_head + item / tiles;
+        Tensor tensor = kK;
+        int chunk = c;
+        if (keys) {
+          if (step == 4) {
+            tensor = tile == 0 ? kQ : kK;
+            chunk = c + 1;
+          }
+        } else {
+          tensor = tile == kTileDO   ? kDO
+                   : tile == kTileU  ? kU
+                   : tile == kTileDV ? kDV
+                   : tile < kTileDS  ? kS
+                                     : kDS;
+          if (step == 2 || (step == 1 && tile != kTileU)) chunk = c + 1;
+        }
         const auto stage = slot(shared.full, next);
         const uint32_t full = shared_address(&shared.full[stage.stage]);
         const uint32_t address = shared_address(shared.tiles[stage.stage]);
         mbarrier_wait(shared_address(&shared.empty[stage.stage]), stage.parity ^ 1);
-        if (tile == kTileDO || tile == kTileDV) {
-          const bool d_o = tile == kTileDO;
-          const ConstView4 view = d_o ? p.d_o_view
-                                      : ConstView4{p.d_v_view.data, p.d_v_view.stride_b,
-                                                   p.d_v_view.stride_t, p.d_v_view.stride_h};
-          load_tile(address, d_o ? &p.d_o : &p.d_v,
-                    element(view, work, work.value_head, int64_t{c} * kChunk), view.stride_t,
-                    work.value_head, work, c, full, lane);
+        if (tensor <= kDV) {
+          const ConstView4& view = tensor == kQ    ? p.q_view
+                                   : tensor == kK  ? p.k_view
+                                   : tensor == kDO ? p.d_o_view
+                                                   : d_v_view;
+          const CUtensorMap* map = tensor == kQ    ? &p.q
+                                   : tensor == kK  ? &p.k
+                                   : tensor == kDO ? &p.d_o
+                                                   : &p.d_v;
+          const int head = keys ? work.key_head : work.value_head;
+          load_tile(address, map, element(view, work, head, int64_t{chunk} * kChunk), view.stride_t,
+                    head, work, chunk, full, lane);
         } else if (lane == 0) {
-          const uint8_t* source = tile == kTileU ? p.u + entry * kWritesBytes
-                                  : tile < kTileDS
-                                      ? p.s + entry * kStateBytes + (tile - kTileS) * kTileBytes
-                                      : p.d_s + entry * kStateBytes + (tile - kTileDS) * kTileBytes;
+          const int64_t entry = p.entry(pair, work.value_head);
+          const uint8_t* source =
+              tensor == kU
+                  ? p.u + p.entry(2 * int64_t{pair} + chunk - c, work.value_head) * kWritesBytes
+              : tensor == kS ? p.s + entry * kStateBytes + (tile - kTileS) * kTileBytes
+                             : p.d_s + entry * kStateBytes + (tile - kTileDS) * kTileBytes;
           mbarrier_arrive_expect(full, kTileBytes);
           bulk_load(address, source, kTileBytes, full);
         }
@@ -100,31 +155,67 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
   });
 }
 
+/// Q and K of every chunk, a pair's second one first.
 __device__ inline void load_gradient_keys(const BackwardArguments& p, GradientShared& shared,
                                           int lane) {
-  for_each_chunk(p, lane, [&](uint32_t n, int, const Work& work, int c) {
-    const uint32_t full = shared_address(&shared.key_full[0]);
-    const int64_t token = int64_t{c} * kChunk;
-    mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
-    load_tile(shared_address(shared.k), &p.k, element(p.k_view, work, work.key_head, token),
-              p.k_view.stride_t, work.key_head, work, c, full, lane);
-    load_tile(shared_address(shared.q), &p.q, element(p.q_view, work, work.key_head, token),
-              p.q_view.stride_t, work.key_head, work, c, full, lane);
+  uint32_t n = 0;
+  for_each_pair(p, lane, [&](int, const Work& work, int first, bool both) {
+    for (int c = first + (both ? 1 : 0); c >= first; --c, ++n) {
+      const uint32_t full = shared_address(&shared.key_full[0]);
+      const int64_t token = int64_t{c} * kChunk;
+      mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
+      load_tile(shared_address(shared.k), &p.k, element(p.k_view, work, work.key_head, token),
+                p.k_view.stride_t, work.key_head, work, c, full, lane);
+      load_tile(shared_address(shared.q), &p.q, element(p.q_view, work, work.key_head, token),
+                p.q_view.stride_t, work.key_head, work, c, full, lane);
+    }
   });
 }
 
+/// Gates of every part. Those of a chunk by itself have from_start begin where its pair does, and
+/// to_end and `written` end where that ends; across, from_start is of the second chunk's tokens,
+/// from where it begins, to_end, `written` and beta of the first's.
 __device__ inline void load_gradient_gates(const BackwardArguments& p, GradientShared& shared,
                                            int lane) {
-  const int group = p.HV / p.H;
   uint32_t next = 0;
-  for_each_chunk(p, lane, [&](uint32_t, int, Work work, int c) {
-    for (int h = 0; h < group; ++h, ++work.value_head, ++next) {
-      const auto gate = slot(shared.gate_full, next);
-      store_gates(fetch_gates(p, work, c, lane), p.scale, shared.gates[gate.stage],
-                  shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1, lane);
-      if (lane == 0) mbarrier_arrive(shared_address(&shared.gate_full[gate.stage]));
+  for_each_part(p, lane, [&](const Work& work, int c, bool both, Part part) {
+    const auto gate = slot(shared.gate_full, next++);
+    GateVectors& out = shared.gates[gate.stage];
+    const bool second = part == Part::kSecond;
+    const GatePair own = fetch_gates(p, work, second ? c + 1 : c, lane);
+    GatePair other = {{0, 0}, {0, 0}};
+    if (both) other = fetch_gates(p, work, second ? c : c + 1, lane);
+    store_gates(own, p.scale, out, shared_address(&shared.gate_empty[gate.stage]), gate.parity ^ 1,
+                lane);
+    const float2 b = sum_gates(other.g, lane);
+    const float decay = exp2_approx(__shfl_sync(0xffffffffU, b.y, 31));
+    const auto multiply = [&](float* vector, float2 factor) {
+      float2& x = reinterpret_cast<float2*>(vector)[lane];
+      x = {x.x * factor.x, x.y * factor.y};
+    };
+    if (second) {
+      multiply(out.from_start, {decay, decay});
+      multiply(out.from_start_scaled, {decay, decay});
+    } else if (part == Part::kFirst) {
+      multiply(out.to_end, {decay, decay});
+      multiply(out.written, {decay, decay});
+    } else {
+      const float2 from_start = {exp2_approx(b.x), exp2_approx(b.y)};
+      reinterpret_cast<float2*>(out.from_start)[lane] = from_start;
+      reinterpret_cast<float2*>(out.from_start_scaled)[lane] = {p.scale * from_start.x,
+                                                                p.scale * from_start.y};
     }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.gate_full[gate.stage]));
   });
+}
+
+__device__ __forceinline__ float sum_warp(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(0xffffffffU, x, distance);
+  }
+  return x;
 }
 
 /// One lane's part of a chunk's sums (ChunkSums), complete: tokens 2 l and 2 l + 1.
@@ -133,10 +224,11 @@ struct TokenSums {
   float through;  // times the chunk's decay
 };
 
-/// dg and dbeta of chunk c from the sums.
+/// dg and dbeta of chunk c from the sums; `add`: to what the same lane has written before.
 __device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, float* d_g_out,
                                                      float* d_beta_out, const Work& work, int c,
-                                                     const TokenSums& sums, float2 beta, int lane) {
+                                                     const TokenSums& sums, float2 beta, int lane,
+                                                     bool add = false) {
   constexpr uint32_t kWarp = 0xffffffffU;
   const float2 d_beta = {sums.column.x + sums.written.x + sums.diagonal.x,
                          sums.column.y + sums.written.y + sums.diagonal.y};
@@ -160,13 +252,14 @@ __device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, 
                       sums.through + before + step.x + sums.read.y + beyond};
   const int64_t first = (work.batch * p.T + work.begin) * p.all_heads + work.value_head;
   const int64_t token = int64_t{c} * kChunk + 2 * lane;
+  const auto put = [&](float* out, float x) { *out = add ? *out + x : x; };
   if (token < work.length) {
-    d_g_out[first + token * p.all_heads] = d_g.x;
-    d_beta_out[first + token * p.all_heads] = d_beta.x;
+    put(&d_g_out[first + token * p.all_heads], d_g.x);
+    put(&d_beta_out[first + token * p.all_heads], d_beta.x);
   }
   if (token + 1 < work.length) {
-    d_g_out[first + (token + 1) * p.all_heads] = d_g.y;
-    d_beta_out[first + (token + 1) * p.all_heads] = d_beta.y;
+    put(&d_g_out[first + (token + 1) * p.all_heads], d_g.y);
+    put(&d_beta_out[first + (token + 1) * p.all_heads], d_beta.y);
   }
 }
 
@@ -194,26 +287,44 @@ __device__ __forceinline__ TokenSums add_up(const ChunkSums& sums, const GateVec
           column,          pair(sums.diagonal), through};
 }
 
-/// dg and dbeta of every chunk; lane l has tokens 2 l and 2 l + 1.
+/// dg and dbeta of every chunk; lane l has tokens 2 l and 2 l + 1. Each part of a pair adds what it
+/// gives to the gates of both chunks: what crosses a token of the one may begin or end in the other.
 __device__ inline void store_gate_gradients(const BackwardArguments& p, GradientShared& shared,
                                             int lane) {
-  const int group = p.HV / p.H;
   uint32_t next = 0;
-  for_each_chunk(p, lane, [&](uint32_t, int, Work work, int c) {
-    for (int h = 0; h < group; ++h, ++work.value_head, ++next) {
-      const auto gate = slot(shared.gate_full, next);
-      const auto stage = slot(shared.sums_full, next);
-      const GateVectors& gates = shared.gates[gate.stage];
-      mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
-      mbarrier_wait(shared_address(&shared.sums_full[stage.stage]), stage.parity);
-      const float2 beta = reinterpret_cast<const float2*>(gates.beta)[lane];
-      const TokenSums sums = add_up(shared.sums[stage.stage], gates, lane);
-      __syncwarp();
-      if (lane == 0) {
-        mbarrier_arrive(shared_address(&shared.gate_empty[gate.stage]));
-        mbarrier_arrive(shared_address(&shared.sums_empty[stage.stage]));
+  for_each_part(p, lane, [&](const Work& work, int c, bool both, Part part) {
+    const auto gate = slot(shared.gate_full, next);
+    const auto stage = slot(shared.sums_full, next);
+    ++next;
+    const GateVectors& gates = shared.gates[gate.stage];
+    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
+    mbarrier_wait(shared_address(&shared.sums_full[stage.stage]), stage.parity);
+    const float2 beta = reinterpret_cast<const float2*>(gates.beta)[lane];
+    const TokenSums sums = add_up(shared.sums[stage.stage], gates, lane);
+    __syncwarp();
+    if (lane == 0) {
+      mbarrier_arrive(shared_address(&shared.gate_empty[gate.stage]));
+      mbarrier_arrive(shared_address(&shared.sums_empty[stage.stage]));
+    }
+    TokenSums first = {};
+    TokenSums second = {};
+    if (part == Part::kAcross) {
+      first.column = sums.column;
+      second.read = sums.row;
+    } else if (part == Part::kSecond) {
+      second = sums;
+      first.through = sums.through + sum_warp(sums.read.x + sums.read.y);
+    } else {
+      first = sums;
+      if (both) {
+        first.through = 0;  // came with the second chunk
+        second.through = sum_warp(beta.x * sums.written.x + beta.y * sums.written.y);
       }
-      store_gate_gradients(p, p.d_g, p.d_beta, work, c, sums, beta, lane);
+    }
+    const bool add = both && part != Part::kAcross;
+    for (int i = 0; i <= (both ? 1 : 0); ++i) {
+      store_gate_gradients(p, p.d_g, p.d_beta, work, c + i, i == 0 ? first : second, beta, lane,
+                           add);
     }
   });
 }

@@ -127,6 +127,48 @@ __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&prod
   *reinterpret_cast<float2*>(&sums.column[kIndex][at.warp][8 * n + at.column]) = column;
 }
 
+/// As add_pairs, of the second chunk's tokens (rows) with the first's: no diagonal, and decays that
+/// are products of a row's and a column's factor, both at most 1.
+template <Role kRole>
+__device__ __forceinline__ void add_pairs_across(float (&pairs)[32], const float (&product)[32],
+                                                 const float (&scores)[32],
+                                                 const GateVectors& gates, ChunkSums& sums,
+                                                 const Fragment& at) {
+  constexpr int kIndex = kRole == Role::kQuery ? 0 : 1;
+  const int first_row = 16 * at.warp + at.row;
+  const float* from_start = kIndex == 0 ? gates.from_start_scaled : gates.from_start;
+  const float sign = kIndex == 0 ? 1.0F : -1.0F;
+  const float factor[2] = {sign * from_start[first_row], sign * from_start[first_row + 8]};
+  float rows[2] = {0, 0};
+  float2 columns[8];
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float2 to_end = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + at.column]);
+    const float2 written = *reinterpret_cast<const float2*>(&gates.written[8 * n + at.column]);
+    columns[n] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const int e = 4 * n + 2 * r + x;
+        const float y = factor[r] * product[e];
+        const float d_u = y * (x == 0 ? written.x : written.y);
+        pairs[e] += d_u;
+        rows[r] += scores[e] * d_u;
+        (x == 0 ? columns[n].x : columns[n].y) += scores[e] * (y * (x == 0 ? to_end.x : to_end.y));
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = sum_row(rows[r]);
+    if (at.lane % 4 == 0) sums.row[kIndex][first_row + 8 * r] = sum;
+  }
+  float2 column;
+  const int n = sum_columns(columns, at.lane, column);
+  *reinterpret_cast<float2*>(&sums.column[kIndex][at.warp][8 * n + at.column]) = column;
+}
+
 /// What the whole group's dP and dG (`pairs`) give, times Q and K: 128 columns of dQ or dK, of the
 /// block's n-th chunk.
 template <typename Element, Role kRole, typename Shared>
@@ -251,14 +293,6 @@ __device__ __forceinline__ float inner_product(uint32_t x, uint32_t y, int threa
     }
   }
   return sum;
-}
-
-__device__ __forceinline__ float sum_warp(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(0xffffffffU, x, distance);
-  }
-  return x;
 }
 
 }  // namespace gdn::kernels::cuda::sm90
