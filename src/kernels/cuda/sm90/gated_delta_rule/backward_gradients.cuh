@@ -226,31 +226,35 @@ struct GradientRole {
   }
 
   __device__ __forceinline__ void run() {
-    uint32_t chunk = 0;    // of this block
     uint32_t crossed = 0;  // pairs of two chunks
-    for_each_pair(p, at.lane, [&](int, const Work& work, int first, bool both) {
-      clear_gradient();
-      for (int c = first + (both ? 1 : 0); c >= first; --c, ++chunk) {
-        mbarrier_wait(shared_address(&shared.key_full[0]), chunk % 2);
-        const bool second = c > first;
-        if (second) begin_across(crossed % 2);
-        issue_product<Element>(scores, own_keys(), shared_address(shared.k));
+    clear_gradient();
+    for (uint32_t chunk = 0;; ++chunk) {
+      mbarrier_wait(shared_address(&shared.key_full[0]), chunk % 2);
+      const GradientItem& item = shared.items[chunk % 2];
+      const int c = uniform(item.c);
+      const bool both = uniform(item.both);
+      if (c < 0) return;
+      const bool second = c % 2 == 1;
+      if (second) begin_across(crossed % 2);
+      issue_product<Element>(scores, own_keys(), shared_address(shared.k));
 #pragma unroll
-        for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
-        wgmma_wait<0>();
-        pin(scores);
-        for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTiles) {
-          add_head(second || !both);
-        }
-        if (both && !second) end_across(crossed++ % 2);
-        add_within_chunk<Element, kRole>(gradient, pairs, shared, chunk, at);
-        store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, work, c, at);
-        clear_gradient();
+      for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
+      wgmma_wait<0>();
+      pin(scores);
+      for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTiles) {
+        add_head(second || !both);
       }
-    });
+      if (both && !second) end_across(crossed++ % 2);
+      add_within_chunk<Element, kRole>(gradient, pairs, shared, chunk, at);
+      store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, item.work, c, at);
+      clear_gradient();
+    }
   }
 
  private:
+  /// x, which the compiler then knows to be the same in every lane.
+  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffU, x, 0); }
+
   __device__ __forceinline__ void clear_gradient() {
 #pragma unroll
     for (int i = 0; i < 64; ++i) gradient[i] = 0.0F;

@@ -40,6 +40,13 @@ struct ChunkSums {
   float through[4];            // <S, dS'>, by warp
 };
 
+/// What the computing warpgroups have to know of the next chunk, the second of its pair if odd.
+struct GradientItem {
+  Work work;
+  int c;      // -1: there is none
+  bool both;  // whether its pair has two
+};
+
 struct GradientShared {
   static constexpr int kStages = 9;
   static constexpr int kGradientGateStages = 3;
@@ -52,6 +59,7 @@ struct GradientShared {
   alignas(1024) uint8_t d_g_across[kMatrixBytes];
   GateVectors gates[kGradientGateStages];
   ChunkSums sums[2];
+  GradientItem items[2];  // with the chunk's keys
   alignas(8) uint64_t full[kStages], empty[kStages];
   uint64_t key_full[1], key_empty[1];
   uint64_t gate_full[kGradientGateStages], gate_empty[kGradientGateStages];
@@ -89,6 +97,17 @@ __device__ __forceinline__ void for_each_part(const BackwardArguments& p, int la
   });
 }
 
+/// Brings Q and K of a pair to the L2 cache: shared memory has room for them only once those before
+/// are done with.
+__device__ __forceinline__ void prefetch_keys(const BackwardArguments& p, const Work& work, int c,
+                                              int lane) {
+  // Of each lane a box of 64 tokens and 64 elements.
+  const int chunk = c + lane / 4;
+  if (lane >= 8 || chunk >= work.chunks) return;
+  tma_prefetch(lane % 2 == 0 ? &p.q : &p.k, lane / 2 % 2 * kHalf, work.key_head,
+               static_cast<int>(work.begin) + chunk * kChunk, work.batch);
+}
+
 __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientShared& shared,
                                            int lane) {
   enum Tensor { kQ, kK, kDO, kDV, kU, kS, kDS };
@@ -99,6 +118,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
   for_each_pair(p, lane, [&](int pair, Work work, int c, bool both) {
     // K of the first chunk; the value heads' tiles of each part; Q and K of the second.
     const int first_value_head = work.value_head;
+    prefetch_keys(p, work, c, lane);
     for (int step = both ? 0 : 3; step <= (both ? 4 : 3); ++step) {
       const bool keys = step == 0 || step == 4;
       const int heads = keys ? 1 : group;
@@ -129,10 +149,10 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
         const uint32_t address = shared_address(shared.tiles[stage.stage]);
         mbarrier_wait(shared_address(&shared.empty[stage.stage]), stage.parity ^ 1);
         if (tensor <= kDV) {
-          const ConstView4& view = tensor == kQ    ? p.q_view
-                                   : tensor == kK  ? p.k_view
-                                   : tensor == kDO ? p.d_o_view
-                                                   : d_v_view;
+          ConstView4 view = d_v_view;
+          if (tensor == kQ) view = p.q_view;
+          if (tensor == kK) view = p.k_view;
+          if (tensor == kDO) view = p.d_o_view;
           const CUtensorMap* map = tensor == kQ    ? &p.q
                                    : tensor == kK  ? &p.k
                                    : tensor == kDO ? &p.d_o
@@ -155,7 +175,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
   });
 }
 
-/// Q and K of every chunk, a pair's second one first.
+/// Every chunk's item, Q and K, a pair's second one first.
 __device__ inline void load_gradient_keys(const BackwardArguments& p, GradientShared& shared,
                                           int lane) {
   uint32_t n = 0;
@@ -164,12 +184,18 @@ __device__ inline void load_gradient_keys(const BackwardArguments& p, GradientSh
       const uint32_t full = shared_address(&shared.key_full[0]);
       const int64_t token = int64_t{c} * kChunk;
       mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
+      if (lane == 0) shared.items[n % 2] = {work, c, both};
       load_tile(shared_address(shared.k), &p.k, element(p.k_view, work, work.key_head, token),
                 p.k_view.stride_t, work.key_head, work, c, full, lane);
       load_tile(shared_address(shared.q), &p.q, element(p.q_view, work, work.key_head, token),
                 p.q_view.stride_t, work.key_head, work, c, full, lane);
     }
   });
+  mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
+  if (lane == 0) {
+    shared.items[n % 2].c = -1;
+    for (int i = 0; i < 2; ++i) mbarrier_arrive(shared_address(&shared.key_full[0]));
+  }
 }
 
 /// Gates of every part. Those of a chunk by itself have from_start begin where its pair does, and
@@ -322,10 +348,8 @@ __device__ inline void store_gate_gradients(const BackwardArguments& p, Gradient
       }
     }
     const bool add = both && part != Part::kAcross;
-    for (int i = 0; i <= (both ? 1 : 0); ++i) {
-      store_gate_gradients(p, p.d_g, p.d_beta, work, c + i, i == 0 ? first : second, beta, lane,
-                           add);
-    }
+    store_gate_gradients(p, p.d_g, p.d_beta, work, c, first, beta, lane, add);
+    if (both) store_gate_gradients(p, p.d_g, p.d_beta, work, c + 1, second, beta, lane, add);
   });
 }
 
