@@ -34,6 +34,7 @@ struct GradientRole {
   float gradient[64];  // dQ, dK
   float pairs[32];     // dP, dG
   float scores[32];    // Q K^T, K K^T
+  float on_diagonal[2];
   uint32_t next_tile = 0;
   uint32_t next_head = 0;  // of a part: gates and sums
 
@@ -187,7 +188,7 @@ struct GradientRole {
         release_tile(first + kTileU);
         release_tile(first + kTileDV);
       }
-      add_pairs<kRole>(pairs, product, scores, gates, p.scale, sums, at);
+      add_pairs<kRole>(pairs, product, scores, on_diagonal, gates, p.scale, sums, at);
     }
     float product[64];
     const uint32_t s_0 = wait_tile(first + kTileS);
@@ -241,6 +242,8 @@ struct GradientRole {
       for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
       wgmma_wait<0>();
       pin(scores);
+      if constexpr (kQuery) find_diagonal(scores, on_diagonal, at);
+      keep_below_diagonal(scores, at);
       for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTiles) {
         add_head(second || !both);
       }

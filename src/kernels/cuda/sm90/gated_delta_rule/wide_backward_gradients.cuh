@@ -142,7 +142,11 @@ struct WideGradientRole {
     // Only now are there registers for them.
     float scores[32];
     find_scores(scores);
-    add_pairs<kRole, Result::kStored>(pairs, pair_product, scores, gates, p.scale, sums, at);
+    float on_diagonal[2];
+    if constexpr (kQuery) find_diagonal(scores, on_diagonal, at);
+    keep_below_diagonal(scores, at);
+    add_pairs<kRole, Result::kStored>(pairs, pair_product, scores, on_diagonal, gates, p.scale, sums,
+                                      at);
     release(shared.gate_empty[gate.stage], at.lane);
     release(shared.sums_full[stage.stage], at.lane);
   }
