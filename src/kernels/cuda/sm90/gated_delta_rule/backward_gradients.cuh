@@ -191,11 +191,11 @@ struct GradientRole {
       add_pairs<kRole>(pairs, product, scores, on_diagonal, gates, p.scale, sums, at);
     }
     float product[64];
-    const uint32_t s_0 = wait_tile(first + kTileS);
-    const uint32_t s_1 = wait_tile(first + kTileS + 1);
-    multiply_by_states(product, left, s_0, s_1);
-    release_tile(first + (kQuery ? kTileDO : kTileDV));
     if constexpr (kQuery) {
+      const uint32_t s_0 = wait_tile(first + kTileS);
+      const uint32_t s_1 = wait_tile(first + kTileS + 1);
+      multiply_by_states(product, d_o, s_0, s_1);
+      release_tile(first + kTileDO);
       const float factor[2] = {gates.from_start_scaled[rows[0]], gates.from_start_scaled[rows[1]]};
       add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[0], at);
       const uint32_t d_s_0 = wait_tile(first + kTileDS);
@@ -205,23 +205,30 @@ struct GradientRole {
             inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
         sums.through[at.warp] = sum_warp(sum);
       }
-      release_tile(first + kTileS);
-      release_tile(first + kTileS + 1);
+      for (int i = 0; i < 4; ++i) release_tile(first + kTileS + i);
     } else {
-      release_tile(first + kTileS);
-      release_tile(first + kTileS + 1);
-      const float factor[2] = {-gates.from_start[rows[0]], -gates.from_start[rows[1]]};
-      add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[1], at);
-      const uint32_t d_s_0 = wait_tile(first + kTileDS);
-      const uint32_t d_s_1 = wait_tile(first + kTileDS + 1);
-      multiply_by_states(product, u, d_s_0, d_s_1);
-      release_tile(first + kTileU);
-      const float to_end[2] = {gates.to_end[rows[0]], gates.to_end[rows[1]]};
-      const float written[2] = {gates.written[rows[0]], gates.written[rows[1]]};
-      add_product<Element>(gradient, product, own_keys(), written, to_end, sums.written, at);
+      // dV S^T, then U dS'^T: one piece of code, which the multiprocessor has to fetch.
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        const bool reads = i == 0;
+        const uint32_t states = first + (reads ? kTileS : kTileDS);
+        const uint32_t states_0 = wait_tile(states);
+        const uint32_t states_1 = wait_tile(states + 1);
+        multiply_by_states(product, reads ? d_v : u, states_0, states_1);
+        release_tile(first + (reads ? kTileDV : kTileU));
+        release_tile(states);
+        release_tile(states + 1);
+        float factor[2];
+        float dot_factor[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          factor[r] = reads ? -gates.from_start[rows[r]] : gates.written[rows[r]];
+          dot_factor[r] = reads ? factor[r] : gates.to_end[rows[r]];
+        }
+        add_product<Element>(gradient, product, own_keys(), factor, dot_factor,
+                             reads ? sums.read[1] : sums.written, at);
+      }
     }
-    release_tile(first + kTileDS);
-    release_tile(first + kTileDS + 1);
     release(shared.gate_empty[gate.stage], at.lane);
     release(shared.sums_full[stage.stage], at.lane);
   }
