@@ -250,11 +250,14 @@ struct TokenSums {
   float through;  // times the chunk's decay
 };
 
-/// dg and dbeta of chunk c from the sums; `add`: to what the same lane has written before.
-__device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, float* d_g_out,
-                                                     float* d_beta_out, const Work& work, int c,
-                                                     const TokenSums& sums, float2 beta, int lane,
-                                                     bool add = false) {
+/// dg and dbeta of one lane's two tokens.
+struct GateGradients {
+  float2 d_g, d_beta;
+};
+
+/// Of a chunk, from its sums.
+__device__ __forceinline__ GateGradients gate_gradients(const TokenSums& sums, float2 beta,
+                                                        int lane) {
   constexpr uint32_t kWarp = 0xffffffffU;
   const float2 d_beta = {sums.column.x + sums.written.x + sums.diagonal.x,
                          sums.column.y + sums.written.y + sums.diagonal.y};
@@ -276,17 +279,39 @@ __device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, 
   const float beyond = lane == 31 ? 0.0F : above;
   const float2 d_g = {sums.through + before + after,
                       sums.through + before + step.x + sums.read.y + beyond};
-  const int64_t first = (work.batch * p.T + work.begin) * p.all_heads + work.value_head;
+  return {d_g, d_beta};
+}
+
+/// Calls body(index in d_g and d_beta, second token or not) for those of the lane's two tokens of
+/// chunk c that there are.
+template <typename Body>
+__device__ __forceinline__ void for_each_gate(const ProblemArguments& p, const Work& work, int c,
+                                              int lane, Body body) {
   const int64_t token = int64_t{c} * kChunk + 2 * lane;
-  const auto put = [&](float* out, float x) { *out = add ? *out + x : x; };
-  if (token < work.length) {
-    put(&d_g_out[first + token * p.all_heads], d_g.x);
-    put(&d_beta_out[first + token * p.all_heads], d_beta.x);
-  }
-  if (token + 1 < work.length) {
-    put(&d_g_out[first + (token + 1) * p.all_heads], d_g.y);
-    put(&d_beta_out[first + (token + 1) * p.all_heads], d_beta.y);
-  }
+  const int64_t first =
+      (work.batch * p.T + work.begin + token) * p.all_heads + work.value_head;
+  if (token < work.length) body(first, false);
+  if (token + 1 < work.length) body(first + p.all_heads, true);
+}
+
+__device__ __forceinline__ void store_gate_gradients(const ProblemArguments& p, float* d_g,
+                                                     float* d_beta, const Work& work, int c,
+                                                     const GateGradients& gradients, int lane) {
+  for_each_gate(p, work, c, lane, [&](int64_t i, bool second) {
+    d_g[i] = second ? gradients.d_g.y : gradients.d_g.x;
+    d_beta[i] = second ? gradients.d_beta.y : gradients.d_beta.x;
+  });
+}
+
+__device__ __forceinline__ GateGradients load_gate_gradients(const ProblemArguments& p,
+                                                             const float* d_g, const float* d_beta,
+                                                             const Work& work, int c, int lane) {
+  GateGradients gradients = {{0, 0}, {0, 0}};
+  for_each_gate(p, work, c, lane, [&](int64_t i, bool second) {
+    (second ? gradients.d_g.y : gradients.d_g.x) = d_g[i];
+    (second ? gradients.d_beta.y : gradients.d_beta.x) = d_beta[i];
+  });
+  return gradients;
 }
 
 /// One lane's part of the sums of both roles and all warps.
@@ -322,6 +347,14 @@ __device__ inline void store_gate_gradients(const BackwardArguments& p, Gradient
     const auto gate = slot(shared.gate_full, next);
     const auto stage = slot(shared.sums_full, next);
     ++next;
+    // What the same lane has left there, on its way while the sums are made.
+    GateGradients all[2] = {};
+    if (both && part != Part::kAcross) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        all[i] = load_gate_gradients(p, p.d_g, p.d_beta, work, c + i, lane);
+      }
+    }
     const GateVectors& gates = shared.gates[gate.stage];
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     mbarrier_wait(shared_address(&shared.sums_full[stage.stage]), stage.parity);
@@ -332,24 +365,32 @@ __device__ inline void store_gate_gradients(const BackwardArguments& p, Gradient
       mbarrier_arrive(shared_address(&shared.gate_empty[gate.stage]));
       mbarrier_arrive(shared_address(&shared.sums_empty[stage.stage]));
     }
-    TokenSums first = {};
-    TokenSums second = {};
+    const auto add = [](float2& x, float2 y) { x = {x.x + y.x, x.y + y.y}; };
     if (part == Part::kAcross) {
+      TokenSums first = {};
+      TokenSums second = {};
       first.column = sums.column;
       second.read = sums.row;
-    } else if (part == Part::kSecond) {
-      second = sums;
-      first.through = sums.through + sum_warp(sums.read.x + sums.read.y);
+      all[0] = gate_gradients(first, beta, lane);
+      all[1] = gate_gradients(second, beta, lane);
     } else {
-      first = sums;
-      if (both) {
-        first.through = 0;  // came with the second chunk
-        second.through = sum_warp(beta.x * sums.written.x + beta.y * sums.written.y);
+      // <S, dS'>, and what is read or written in this chunk, crosses all of the other one's tokens.
+      TokenSums own = sums;
+      const bool is_second = part == Part::kSecond;
+      float other = sum_warp(is_second ? sums.read.x + sums.read.y
+                                       : beta.x * sums.written.x + beta.y * sums.written.y);
+      if (is_second) other += sums.through;
+      if (both && !is_second) own.through = 0;  // came with the second chunk
+      const GateGradients gradients = gate_gradients(own, beta, lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool is_own = i == (is_second ? 1 : 0);
+        add(all[i].d_g, is_own ? gradients.d_g : float2{other, other});
+        if (is_own) add(all[i].d_beta, gradients.d_beta);
       }
     }
-    const bool add = both && part != Part::kAcross;
-    store_gate_gradients(p, p.d_g, p.d_beta, work, c, first, beta, lane, add);
-    if (both) store_gate_gradients(p, p.d_g, p.d_beta, work, c + 1, second, beta, lane, add);
+    store_gate_gradients(p, p.d_g, p.d_beta, work, c, all[0], lane);
+    if (both) store_gate_gradients(p, p.d_g, p.d_beta, work, c + 1, all[1], lane);
   });
 }
 
