@@ -100,14 +100,15 @@ __device__ __forceinline__ void release(uint64_t& barrier, int lane) {
 /// Fills a [64 tokens, 128] tile, whole chunks by TMA, and completes a phase of `full`.
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,
                                           const uint16_t* rows, int64_t stride_t, int head,
-                                          const Work& work, int c, uint32_t full, int lane) {
+                                          const Work& work, int c, uint32_t full, int lane,
+                                          uint64_t policy) {
   const int tokens = work.tokens(c);
   if (tokens == kChunk) {
     if (lane != 0) return;
     mbarrier_arrive_expect(full, kTileBytes);
     for (int half = 0; half < 2; ++half) {
       tma_load(tile + half * kHalfTileBytes, map, full, half * kHalf, head,
-               static_cast<int>(work.begin) + c * kChunk, work.batch);
+               static_cast<int>(work.begin) + c * kChunk, work.batch, policy);
     }
   } else {
     load_ragged_tile(tile, rows, stride_t, tokens, lane);

@@ -114,6 +114,8 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
   const int group = p.HV / p.H;
   const ConstView4 d_v_view = {p.d_v_view.data, p.d_v_view.stride_b, p.d_v_view.stride_t,
                                p.d_v_view.stride_h};
+  const uint64_t keep = keep_policy();
+  const uint64_t last_use = last_use_policy();
   uint32_t next = 0;
   for_each_pair(p, lane, [&](int pair, Work work, int c, bool both) {
     // K of the first chunk; the value heads' tiles of each part; Q and K of the second.
@@ -144,6 +146,10 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
                                      : kDS;
           if (step == 2 || (step == 1 && tile != kTileU)) chunk = c + 1;
         }
+        // Each part is loaded some 20 us after the one before: what it shares with that is still in
+        // the L2 cache if everything else lets go.
+        const bool again = step <= 1 || (step == 2 && tile >= kTileS);
+        const uint64_t policy = again ? keep : last_use;
         const auto stage = slot(shared.full, next);
         const uint32_t full = shared_address(&shared.full[stage.stage]);
         const uint32_t address = shared_address(shared.tiles[stage.stage]);
@@ -159,7 +165,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
                                                    : &p.d_v;
           const int head = keys ? work.key_head : work.value_head;
           load_tile(address, map, element(view, work, head, int64_t{chunk} * kChunk), view.stride_t,
-                    head, work, chunk, full, lane);
+                    head, work, chunk, full, lane, policy);
         } else if (lane == 0) {
           const int64_t entry = p.entry(pair, work.value_head);
           const uint8_t* source =
@@ -168,7 +174,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
               : tensor == kS ? p.s + entry * kStateBytes + (tile - kTileS) * kTileBytes
                              : p.d_s + entry * kStateBytes + (tile - kTileDS) * kTileBytes;
           mbarrier_arrive_expect(full, kTileBytes);
-          bulk_load(address, source, kTileBytes, full);
+          bulk_load(address, source, kTileBytes, full, policy);
         }
       }
     }
@@ -178,6 +184,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
 /// Every chunk's item, Q and K, a pair's second one first.
 __device__ inline void load_gradient_keys(const BackwardArguments& p, GradientShared& shared,
                                           int lane) {
+  const uint64_t keep = keep_policy();
   uint32_t n = 0;
   for_each_pair(p, lane, [&](int, const Work& work, int first, bool both) {
     for (int c = first + (both ? 1 : 0); c >= first; --c, ++n) {
@@ -186,9 +193,9 @@ __device__ inline void load_gradient_keys(const BackwardArguments& p, GradientSh
       mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
       if (lane == 0) shared.items[n % 2] = {work, c, both};
       load_tile(shared_address(shared.k), &p.k, element(p.k_view, work, work.key_head, token),
-                p.k_view.stride_t, work.key_head, work, c, full, lane);
+                p.k_view.stride_t, work.key_head, work, c, full, lane, keep);
       load_tile(shared_address(shared.q), &p.q, element(p.q_view, work, work.key_head, token),
-                p.q_view.stride_t, work.key_head, work, c, full, lane);
+                p.q_view.stride_t, work.key_head, work, c, full, lane, keep);
     }
   });
   mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
