@@ -99,14 +99,6 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-/// Brings a box to the L2 cache.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int x0, int x1, int x2,
-                                             int x3) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
-               "r"(x0), "r"(x1), "r"(x2), "r"(x3)
-               : "memory");
-}
-
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t source, int x0, int x1,
                                           int x2, int x3) {
   asm volatile(

@@ -27,8 +27,8 @@ __device__ __forceinline__ bool ends_pair(const Work& work, int c) {
   return c % 2 == 1 || c + 1 == work.chunks;
 }
 
-/// What one value head leaves in scratch memory, of a pair its states, of a chunk the rest: tiles as
-/// they lie in shared memory, swizzled, so that plain bulk copies carry them.
+/// What one value head leaves in scratch memory, of a pair its states, of a chunk the rest: tiles
+/// as they lie in shared memory, swizzled, so that plain bulk copies carry them.
 inline constexpr int kStateHalfBytes = kTileBytes;       // 64 of V x K: two tiles of 64 of K
 inline constexpr int kStateBytes = 2 * kStateHalfBytes;  // S^T and dS'^T, V x K
 inline constexpr int kMatricesBytes = 2 * kMatrixBytes;  // T^T, P
@@ -77,12 +77,12 @@ __device__ __forceinline__ bool absent(const ProblemArguments& p, const Work& wo
 }
 
 struct BackwardArguments : ProblemArguments, GradientTensors {
-  const float* segment_states;      // [segments, HV, K, V]
-  uint8_t *s, *d_s;                 // scratch: [pairs, HV] of the sizes above
-  uint8_t *matrices, *u;            // scratch: [2 pairs, HV]: chunks
-  int span_tokens;                  // the scan's spans, whole pairs; 0: whole sequences
-  float* span_starts;               // [spans, HV, K, V], dS; backward_scan.cuh
-  float* span_transitions;          // [spans, HV, K, K]
+  const float* segment_states;  // [segments, HV, K, V]
+  uint8_t *s, *d_s;             // scratch: [pairs, HV] of the sizes above
+  uint8_t *matrices, *u;        // scratch: [2 pairs, HV]: chunks
+  int span_tokens;              // the scan's spans, whole pairs; 0: whole sequences
+  float* span_starts;           // [spans, HV, K, V], dS; backward_scan.cuh
+  float* span_transitions;      // [spans, HV, K, K]
 
   /// Which entry of the scratch arrays belongs to a pair, or to a chunk: both are counted over all
   /// sequences, two chunks a pair whether or not there are two.

@@ -35,6 +35,7 @@ struct GradientRole {
   float pairs[32];     // dP, dG
   float scores[32];    // Q K^T, K K^T
   float on_diagonal[2];
+  GradientRing ring;
   uint32_t next_tile = 0;
   uint32_t next_head = 0;  // of a part: gates and sums
 
@@ -46,14 +47,14 @@ struct GradientRole {
   __device__ __forceinline__ uint32_t wait_tile(uint32_t n) const {
     const auto stage = slot(shared.full, n);
     mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
-    return shared_address(shared.tiles[stage.stage]);
+    return shared_address(shared.tiles[ring.tile(n)]);
   }
   __device__ __forceinline__ void release_tile(uint32_t n) const {
     release(shared.empty[slot(shared.full, n).stage], at.lane);
   }
-  __device__ __forceinline__ uint32_t own_keys() const {
-    return shared_address(kQuery ? shared.q : shared.k);
-  }
+  __device__ __forceinline__ uint32_t q() const { return shared_address(shared.tiles[ring.q]); }
+  __device__ __forceinline__ uint32_t k() const { return shared_address(shared.tiles[ring.k]); }
+  __device__ __forceinline__ uint32_t own_keys() const { return kQuery ? q() : k(); }
 
   /// product = left [64 tokens, V] states, states the two halves of V of S^T or dS'^T.
   __device__ __forceinline__ void multiply_by_states(float (&product)[64], uint32_t left,
@@ -72,12 +73,12 @@ struct GradientRole {
     pin(product);
   }
 
-  /// Of the pair's second chunk with the first one, whose K is tile `next`: the gradient begins with
-  /// dP K or dG K; dP^T and dG^T wait in shared memory for the first chunk's dK.
+  /// Of the pair's second chunk with the first one, whose K is tile `next`: the gradient begins
+  /// with dP K or dG K; dP^T and dG^T wait in shared memory for the first chunk's dK.
   __device__ __forceinline__ void begin_across(uint32_t parity) {
     const uint32_t first_keys = next_tile++;
-    const uint32_t k = wait_tile(first_keys);
-    issue_product<Element>(scores, own_keys(), k);
+    const uint32_t first_k = wait_tile(first_keys);
+    issue_product<Element>(scores, own_keys(), first_k);
 #pragma unroll
     for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
     wgmma_wait<0>();
@@ -93,7 +94,7 @@ struct GradientRole {
       store_matrices_transposed(token_row(own, block, at.warp, at.lane), operand[block][0],
                                 operand[block][1], operand[block][2], operand[block][3]);
     }
-    const uint64_t k_columns = swizzled_tile(k, kHalfTileBytes);
+    const uint64_t k_columns = swizzled_tile(first_k, kHalfTileBytes);
     pin(gradient);
     wgmma_fence();
 #pragma unroll
@@ -134,8 +135,8 @@ struct GradientRole {
 
   /// The first chunk's dK += dP^T Q + dG^T K of the second's Q and K, the next two tiles.
   __device__ __forceinline__ void end_across(uint32_t parity) {
-    const uint32_t q = wait_tile(next_tile);
-    const uint32_t k = wait_tile(next_tile + 1);
+    const uint32_t second_q = wait_tile(next_tile);
+    const uint32_t second_k = wait_tile(next_tile + 1);
     if constexpr (!kQuery) {
       mbarrier_wait(shared_address(&shared.across_full[0]), parity);
       const uint64_t d_p = swizzled_tile(shared_address(shared.d_p_across));
@@ -146,13 +147,13 @@ struct GradientRole {
       for (int i = 0; i < 4; ++i) {
         wgmma<Element, 128, Major::kOuter>(
             gradient, advance(d_p, i * 32),
-            advance(swizzled_tile(q, kHalfTileBytes), i * 16 * 128), 1);
+            advance(swizzled_tile(second_q, kHalfTileBytes), i * 16 * 128), 1);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         wgmma<Element, 128, Major::kOuter>(
             gradient, advance(d_g, i * 32),
-            advance(swizzled_tile(k, kHalfTileBytes), i * 16 * 128), 1);
+            advance(swizzled_tile(second_k, kHalfTileBytes), i * 16 * 128), 1);
       }
       wgmma_commit();
       wgmma_wait<0>();
@@ -237,14 +238,15 @@ struct GradientRole {
     uint32_t crossed = 0;  // pairs of two chunks
     clear_gradient();
     for (uint32_t chunk = 0;; ++chunk) {
-      mbarrier_wait(shared_address(&shared.key_full[0]), chunk % 2);
+      wait_tile(next_tile);
       const GradientItem& item = shared.items[chunk % 2];
       const int c = uniform(item.c);
       const bool both = uniform(item.both);
       if (c < 0) return;
+      take_keys();
       const bool second = c % 2 == 1;
       if (second) begin_across(crossed % 2);
-      issue_product<Element>(scores, own_keys(), shared_address(shared.k));
+      issue_product<Element>(scores, own_keys(), k());
 #pragma unroll
       for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
       wgmma_wait<0>();
@@ -255,7 +257,7 @@ struct GradientRole {
         add_head(second || !both);
       }
       if (both && !second) end_across(crossed++ % 2);
-      add_within_chunk<Element, kRole>(gradient, pairs, shared, chunk, at);
+      add_within_chunk<Element, kRole>(gradient, pairs, shared, q(), k(), chunk, at);
       store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, item.work, c, at);
       clear_gradient();
     }
@@ -264,6 +266,15 @@ struct GradientRole {
  private:
   /// x, which the compiler then knows to be the same in every lane.
   static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffU, x, 0); }
+
+  /// From the next two tiles; those of the chunk before are done with.
+  __device__ __forceinline__ void take_keys() {
+    ring.exchange(next_tile, ring.q);
+    release_tile(next_tile++);
+    wait_tile(next_tile);
+    ring.exchange(next_tile, ring.k);
+    release_tile(next_tile++);
+  }
 
   __device__ __forceinline__ void clear_gradient() {
 #pragma unroll
@@ -278,7 +289,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   auto& shared = *reinterpret_cast<GradientShared*>(raw_shared);
   if (threadIdx.x == 0) {
     init_barriers(shared.full, shared.empty, 1, 8);
-    init_barriers(shared.key_full, shared.key_empty, 2, 8);
     init_barriers(shared.gate_full, shared.gate_empty, 1, 9);
     init_barriers(shared.sums_full, shared.sums_empty, 8, 1);
     init_barriers(shared.d_p_full, shared.d_p_empty, 4, 4);
@@ -308,8 +318,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       load_gradient_gates(p, shared, lane);
     } else if (warp == 2) {
       store_gate_gradients(p, shared, lane);
-    } else {
-      load_gradient_keys(p, shared, lane);
     }
   } else if (warpgroup == 1) {
     raise_registers<kGradientRegisters>();

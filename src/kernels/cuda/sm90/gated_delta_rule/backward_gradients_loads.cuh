@@ -48,11 +48,9 @@ struct GradientItem {
 };
 
 struct GradientShared {
-  static constexpr int kStages = 9;
+  static constexpr int kStages = 9;  // of the ring, beside which Q and K of a chunk lie
   static constexpr int kGradientGateStages = 3;
-  alignas(1024) uint8_t q[kTileBytes];
-  alignas(1024) uint8_t k[kTileBytes];
-  alignas(1024) uint8_t tiles[kStages][kTileBytes];
+  alignas(1024) uint8_t tiles[kStages + 2][kTileBytes];
   alignas(1024) uint8_t d_p[kMatrixBytes];  // dP^T
   alignas(1024) uint8_t d_g[kMatrixBytes];  // dG^T
   alignas(1024) uint8_t d_p_across[kMatrixBytes];
@@ -61,16 +59,39 @@ struct GradientShared {
   ChunkSums sums[2];
   GradientItem items[2];  // with the chunk's keys
   alignas(8) uint64_t full[kStages], empty[kStages];
-  uint64_t key_full[1], key_empty[1];
   uint64_t gate_full[kGradientGateStages], gate_empty[kGradientGateStages];
   uint64_t sums_full[2], sums_empty[2];
   uint64_t d_p_full[1], d_p_empty[1];
   uint64_t across_full[1], across_empty[1];
 };
 
+/// Which of the tiles in shared memory is where in the ring. Q and K come through it long before
+/// their chunk begins; then they leave it, and the tiles of the chunk before's take their places.
+struct GradientRing {
+  uint64_t tiles = 0x876543210;  // 4 bits each
+  uint32_t q = GradientShared::kStages;
+  uint32_t k = GradientShared::kStages + 1;
+
+  /// That of the n-th load.
+  __device__ __forceinline__ uint32_t tile(uint32_t n) const {
+    return static_cast<uint32_t>(tiles >> shift(n)) & 15;
+  }
+  /// Lets the n-th load be `keys`, q or k.
+  __device__ __forceinline__ void exchange(uint32_t n, uint32_t& keys) {
+    const uint32_t loaded = tile(n);
+    tiles ^= static_cast<uint64_t>(loaded ^ keys) << shift(n);
+    keys = loaded;
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t shift(uint32_t n) {
+    return 4 * (n % GradientShared::kStages);
+  }
+};
+
 /// Calls body(pair, work, c, both) for every pair of chunks and key head that is this block's:
-/// `pair` is counted over all sequences, `work` is its sequence and the key head's first value head,
-/// `c` the first chunk's number in it, `both` whether there is a second.
+/// `pair` is counted over all sequences, `work` is its sequence and the key head's first value
+/// head, `c` the first chunk's number in it, `both` whether there is a second.
 template <typename Body>
 __device__ __forceinline__ void for_each_pair(const BackwardArguments& p, int lane, Body body) {
   for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
@@ -97,17 +118,6 @@ __device__ __forceinline__ void for_each_part(const BackwardArguments& p, int la
   });
 }
 
-/// Brings Q and K of a pair to the L2 cache: shared memory has room for them only once those before
-/// are done with.
-__device__ __forceinline__ void prefetch_keys(const BackwardArguments& p, const Work& work, int c,
-                                              int lane) {
-  // Of each lane a box of 64 tokens and 64 elements.
-  const int chunk = c + lane / 4;
-  if (lane >= 8 || chunk >= work.chunks) return;
-  tma_prefetch(lane % 2 == 0 ? &p.q : &p.k, lane / 2 % 2 * kHalf, work.key_head,
-               static_cast<int>(work.begin) + chunk * kChunk, work.batch);
-}
-
 __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientShared& shared,
                                            int lane) {
   enum Tensor { kQ, kK, kDO, kDV, kU, kS, kDS };
@@ -116,17 +126,25 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
                                p.d_v_view.stride_h};
   const uint64_t keep = keep_policy();
   const uint64_t last_use = last_use_policy();
+  GradientRing ring;
   uint32_t next = 0;
+  uint32_t chunks = 0;
+  const auto wait_empty = [&] {
+    const auto stage = slot(shared.full, next);
+    mbarrier_wait(shared_address(&shared.empty[stage.stage]), stage.parity ^ 1);
+    return shared_address(&shared.full[stage.stage]);
+  };
   for_each_pair(p, lane, [&](int pair, Work work, int c, bool both) {
-    // K of the first chunk; the value heads' tiles of each part; Q and K of the second.
+    // The second chunk's keys, the first's K, and what lies across; the second's tiles; the first's
+    // keys, its tiles; the second's Q and K again.
     const int first_value_head = work.value_head;
-    prefetch_keys(p, work, c, lane);
-    for (int step = both ? 0 : 3; step <= (both ? 4 : 3); ++step) {
-      const bool keys = step == 0 || step == 4;
+    for (int step = both ? 0 : 4; step <= (both ? 6 : 5); ++step) {
+      const bool chunk_keys = step == 0 || step == 4;
+      const bool keys = chunk_keys || step == 1 || step == 6;
       const int heads = keys ? 1 : group;
-      const int tiles = step == 0   ? 1
-                        : step == 1 ? static_cast<int>(kTilesAcross)
-                        : step == 4 ? 2
+      const int tiles = step == 1   ? 1
+                        : keys      ? 2
+                        : step == 2 ? static_cast<int>(kTilesAcross)
                                     : static_cast<int>(kTiles);
       for (int item = 0; item < heads * tiles; ++item, ++next) {
         const int tile = item % tiles;
@@ -134,26 +152,31 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
         Tensor tensor = kK;
         int chunk = c;
         if (keys) {
-          if (step == 4) {
-            tensor = tile == 0 ? kQ : kK;
-            chunk = c + 1;
-          }
+          if (step != 1 && tile == 0) tensor = kQ;
+          if (step == 0 || step == 6) chunk = c + 1;
         } else {
           tensor = tile == kTileDO   ? kDO
                    : tile == kTileU  ? kU
                    : tile == kTileDV ? kDV
                    : tile < kTileDS  ? kS
                                      : kDS;
-          if (step == 2 || (step == 1 && tile != kTileU)) chunk = c + 1;
+          if (step == 3 || (step == 2 && tile != kTileU)) chunk = c + 1;
         }
         // Each part is loaded some 20 us after the one before: what it shares with that is still in
         // the L2 cache if everything else lets go.
-        const bool again = step <= 1 || (step == 2 && tile >= kTileS);
+        const bool again = step <= 2 || (step == 3 && tile >= kTileS);
         const uint64_t policy = again ? keep : last_use;
-        const auto stage = slot(shared.full, next);
-        const uint32_t full = shared_address(&shared.full[stage.stage]);
-        const uint32_t address = shared_address(shared.tiles[stage.stage]);
-        mbarrier_wait(shared_address(&shared.empty[stage.stage]), stage.parity ^ 1);
+        const uint32_t address = shared_address(shared.tiles[ring.tile(next)]);
+        const uint32_t full = wait_empty();
+        if (chunk_keys) {
+          if (tile == 0) {
+            if (lane == 0) shared.items[chunks % 2] = {work, chunk, both};
+            ++chunks;
+            ring.exchange(next, ring.q);
+          } else {
+            ring.exchange(next, ring.k);
+          }
+        }
         if (tensor <= kDV) {
           ConstView4 view = d_v_view;
           if (tensor == kQ) view = p.q_view;
@@ -179,29 +202,10 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
       }
     }
   });
-}
-
-/// Every chunk's item, Q and K, a pair's second one first.
-__device__ inline void load_gradient_keys(const BackwardArguments& p, GradientShared& shared,
-                                          int lane) {
-  const uint64_t keep = keep_policy();
-  uint32_t n = 0;
-  for_each_pair(p, lane, [&](int, const Work& work, int first, bool both) {
-    for (int c = first + (both ? 1 : 0); c >= first; --c, ++n) {
-      const uint32_t full = shared_address(&shared.key_full[0]);
-      const int64_t token = int64_t{c} * kChunk;
-      mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
-      if (lane == 0) shared.items[n % 2] = {work, c, both};
-      load_tile(shared_address(shared.k), &p.k, element(p.k_view, work, work.key_head, token),
-                p.k_view.stride_t, work.key_head, work, c, full, lane, keep);
-      load_tile(shared_address(shared.q), &p.q, element(p.q_view, work, work.key_head, token),
-                p.q_view.stride_t, work.key_head, work, c, full, lane, keep);
-    }
-  });
-  mbarrier_wait(shared_address(&shared.key_empty[0]), n % 2 ^ 1);
+  const uint32_t full = wait_empty();
   if (lane == 0) {
-    shared.items[n % 2].c = -1;
-    for (int i = 0; i < 2; ++i) mbarrier_arrive(shared_address(&shared.key_full[0]));
+    shared.items[chunks % 2].c = -1;
+    mbarrier_arrive(full);
   }
 }
 
@@ -295,8 +299,7 @@ template <typename Body>
 __device__ __forceinline__ void for_each_gate(const ProblemArguments& p, const Work& work, int c,
                                               int lane, Body body) {
   const int64_t token = int64_t{c} * kChunk + 2 * lane;
-  const int64_t first =
-      (work.batch * p.T + work.begin + token) * p.all_heads + work.value_head;
+  const int64_t first = (work.batch * p.T + work.begin + token) * p.all_heads + work.value_head;
   if (token < work.length) body(first, false);
   if (token + 1 < work.length) body(first + p.all_heads, true);
 }
@@ -346,7 +349,8 @@ __device__ __forceinline__ TokenSums add_up(const ChunkSums& sums, const GateVec
 }
 
 /// dg and dbeta of every chunk; lane l has tokens 2 l and 2 l + 1. Each part of a pair adds what it
-/// gives to the gates of both chunks: what crosses a token of the one may begin or end in the other.
+/// gives to the gates of both chunks: what crosses a token of the one may begin or end in the
+/// other.
 __device__ inline void store_gate_gradients(const BackwardArguments& p, GradientShared& shared,
                                             int lane) {
   uint32_t next = 0;

@@ -77,8 +77,8 @@ __device__ __forceinline__ void add_product(float (&gradient)[64], const float (
   }
 }
 
-/// The elements on the diagonal of a [64, 64] accumulator: of rows `row` and 8 further, in the lanes
-/// that have_diagonal().
+/// The elements on the diagonal of a [64, 64] accumulator: of rows `row` and 8 further, in the
+/// lanes that have_diagonal().
 __device__ __forceinline__ void find_diagonal(const float (&x)[32], float (&diagonal)[2],
                                               const Fragment& at) {
 #pragma unroll
@@ -99,15 +99,16 @@ __device__ __forceinline__ bool has_diagonal(const Fragment& at) {
 __device__ __forceinline__ void keep_below_diagonal(float (&scores)[32], const Fragment& at) {
 #pragma unroll
   for (int e = 0; e < 32; ++e) {
-    const int distance = 16 * at.warp + at.row + 8 * (e / 2 % 2) - at.column - (8 * (e / 4) + e % 2);
+    const int distance =
+        16 * at.warp + at.row + 8 * (e / 2 % 2) - at.column - (8 * (e / 4) + e % 2);
     scores[e] = distance > 0 ? scores[e] : 0.0F;
   }
 }
 
 /// dP or dG (`pairs`) from `product`, dO U^^T or dV U^^T; and the sums of Y, with `scores`, what
 /// Q K^T or K K^T have below the diagonal; `on_diagonal`: what Q K^T has there. Every warp goes
-/// through all columns, those above the diagonal too: the code is met once a piece of work, and what
-/// it costs is to fetch it, jumps most of all.
+/// through all columns, those above the diagonal too: the code is met once a piece of work, and
+/// what it costs is to fetch it, jumps most of all.
 template <Role kRole, Result kResult = Result::kAdded>
 __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&product)[32],
                                           const float (&scores)[32], const float (&on_diagonal)[2],
@@ -202,14 +203,15 @@ __device__ __forceinline__ void add_pairs_across(float (&pairs)[32], const float
   *reinterpret_cast<float2*>(&sums.column[kIndex][at.warp][8 * n + at.column]) = column;
 }
 
-/// What the whole group's dP and dG (`pairs`) give, times Q and K: 128 columns of dQ or dK, of the
-/// block's n-th chunk.
+/// What the whole group's dP and dG (`pairs`) give, times Q and K, tiles of 128 of their columns:
+/// so many of dQ or dK, of the block's n-th chunk.
 template <typename Element, Role kRole, typename Shared>
 __device__ __forceinline__ void add_within_chunk(float (&gradient)[64], const float (&pairs)[32],
-                                                 Shared& shared, uint32_t n, const Fragment& at) {
+                                                 Shared& shared, uint32_t q, uint32_t k, uint32_t n,
+                                                 const Fragment& at) {
   constexpr bool kQuery = kRole == Role::kQuery;
-  const uint64_t q_columns = swizzled_tile(shared_address(shared.q), kHalfTileBytes);
-  const uint64_t k_columns = swizzled_tile(shared_address(shared.k), kHalfTileBytes);
+  const uint64_t q_columns = swizzled_tile(q, kHalfTileBytes);
+  const uint64_t k_columns = swizzled_tile(k, kHalfTileBytes);
   const uint32_t own = shared_address(kQuery ? shared.d_p : shared.d_g);
   const uint32_t parity = n % 2;
   uint32_t operand[4][4];
@@ -259,7 +261,6 @@ __device__ __forceinline__ void add_within_chunk(float (&gradient)[64], const fl
   pin(gradient);
   pin(operand);
   if constexpr (!kQuery) release(shared.d_p_empty[0], at.lane);
-  release(shared.key_empty[0], at.lane);
 }
 
 /// Of a 4 x 4 matrix of words, `words` a lane's row of four neighbouring lanes: the lane's column.

@@ -1,6 +1,6 @@
 // The replay: from the state that the forward kept at a segment's start, the states at the starts
-// of its pairs of chunks, with what else the other two kernels need of them. The forward's roles without
-// O: one block a segment and value head.
+// of its pairs of chunks, with what else the other two kernels need of them. The forward's roles
+// without O: one block a segment and value head.
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/backward.cuh>

@@ -231,8 +231,7 @@ struct GradientScan {
     fence_async_proxy();
     __syncwarp();
     if (lane == kStateLane) {
-      uint8_t* out =
-          p.d_s + p.entry(pair, work.value_head) * kStateBytes + half * kStateHalfBytes;
+      uint8_t* out = p.d_s + p.entry(pair, work.value_head) * kStateBytes + half * kStateHalfBytes;
       for (int k_half = 0; k_half < 2; ++k_half) {
         const uint32_t offset = k_half * kHalfTileBytes + warp * kWarpBytes;
         bulk_store(out + offset, tile + offset, kWarpBytes);

@@ -139,8 +139,8 @@ void launch_scan(const BackwardArguments& arguments, Stream stream) {
 
 template <typename Element>
 void launch_gradients(const BackwardArguments& arguments, Stream stream) {
-  const int64_t blocks = std::min<int64_t>(most_pieces_of_wave(arguments, kPairTokens) * arguments.H,
-                                           multiprocessors());
+  const int64_t blocks = std::min<int64_t>(
+      most_pieces_of_wave(arguments, kPairTokens) * arguments.H, multiprocessors());
   if (blocks == 0) return;
   launch(gated_delta_rule_gradients_kernel<Element>, arguments, blocks, kGradientThreads,
          sizeof(GradientShared), "gated_delta_rule_backward_sm90: gradients", stream);
