@@ -10,9 +10,9 @@ namespace gdn::kernels::cuda::sm90 {
 
 /// Arrays in scratch memory, each a multiple of 128 bytes.
 struct SplitScratch {
-  int64_t v_rows;         // V in whole blocks
-  int64_t chunks, spans;  // pieces of all sequences, at most
-  int64_t later, middle;  // spans but the first ones, and but the last ones too
+  int64_t v_rows;                   // V in whole blocks
+  int64_t chunks, spans;            // pieces of all sequences, at most
+  int64_t later, middle;            // spans but the first ones, and but the last ones too
 
   SplitScratch(const GatedDeltaRuleProblem& p, const ForwardPlan& plan)
       : v_rows((p.V + kHeadDim - 1) / kHeadDim * kHeadDim),
@@ -70,8 +70,12 @@ void launch_matrices(const GatedDeltaRuleForward& p, const ForwardPlan& plan,
 
 inline void launch_compose(const GatedDeltaRuleForward& p, const SplitArguments& arguments,
                            Stream stream) {
-  const ComposeArguments compose = {arguments,        arguments.span_tokens, arguments.lead_tokens,
-                                    arguments.v_rows, arguments.span_states, arguments.transitions};
+  const ComposeArguments compose = {arguments,
+                                    arguments.span_tokens,
+                                    arguments.lead_tokens,
+                                    arguments.v_rows,
+                                    arguments.span_states,
+                                    arguments.transitions};
   launch(compose_spans_kernel, compose, p.N * p.HV * (arguments.v_rows / kComposeColumns),
          kComposeThreads, 0, "gated_delta_rule_forward_sm90: compose", stream, Start::kEarly);
 }
