@@ -164,8 +164,9 @@ struct GradientRole {
     release_tile(next_tile++);
   }
 
-  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted.
-  __device__ __forceinline__ void add_head(bool through) {
+  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted; `states`: the first of four
+  /// tiles of S and dS', which are done with unless `keep`.
+  __device__ __forceinline__ void add_head(bool through, uint32_t states, bool keep) {
     const uint32_t head = next_head;
     const uint32_t first = next_tile;
     const auto gate = slot(shared.gate_full, head);
@@ -193,32 +194,34 @@ struct GradientRole {
     }
     float product[64];
     if constexpr (kQuery) {
-      const uint32_t s_0 = wait_tile(first + kTileS);
-      const uint32_t s_1 = wait_tile(first + kTileS + 1);
+      const uint32_t s_0 = wait_tile(states);
+      const uint32_t s_1 = wait_tile(states + 1);
       multiply_by_states(product, d_o, s_0, s_1);
       release_tile(first + kTileDO);
       const float factor[2] = {gates.from_start_scaled[rows[0]], gates.from_start_scaled[rows[1]]};
       add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[0], at);
-      const uint32_t d_s_0 = wait_tile(first + kTileDS);
-      const uint32_t d_s_1 = wait_tile(first + kTileDS + 1);
+      const uint32_t d_s_0 = wait_tile(states + 2);
+      const uint32_t d_s_1 = wait_tile(states + 3);
       if (through) {
         const float sum =
             inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
         sums.through[at.warp] = sum_warp(sum);
       }
-      for (int i = 0; i < 4; ++i) release_tile(first + kTileS + i);
+      for (int i = 0; !keep && i < 4; ++i) release_tile(states + i);
     } else {
       // dV S^T, then U dS'^T: one piece of code, which the multiprocessor has to fetch.
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         const bool reads = i == 0;
-        const uint32_t states = first + (reads ? kTileS : kTileDS);
-        const uint32_t states_0 = wait_tile(states);
-        const uint32_t states_1 = wait_tile(states + 1);
-        multiply_by_states(product, reads ? d_v : u, states_0, states_1);
+        const uint32_t tiles = states + 2 * i;
+        const uint32_t tile_0 = wait_tile(tiles);
+        const uint32_t tile_1 = wait_tile(tiles + 1);
+        multiply_by_states(product, reads ? d_v : u, tile_0, tile_1);
         release_tile(first + (reads ? kTileDV : kTileU));
-        release_tile(states);
-        release_tile(states + 1);
+        if (!keep) {
+          release_tile(tiles);
+          release_tile(tiles + 1);
+        }
         float factor[2];
         float dot_factor[2];
 #pragma unroll
@@ -236,6 +239,7 @@ struct GradientRole {
 
   __device__ __forceinline__ void run() {
     uint32_t crossed = 0;  // pairs of two chunks
+    uint32_t kept = 0;     // the last value head's tiles of S and dS'
     clear_gradient();
     for (uint32_t chunk = 0;; ++chunk) {
       wait_tile(next_tile);
@@ -253,8 +257,14 @@ struct GradientRole {
       pin(scores);
       if constexpr (kQuery) find_diagonal(scores, on_diagonal, at);
       keep_below_diagonal(scores, at);
-      for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTiles) {
-        add_head(second || !both);
+      const int group = p.HV / p.H;
+      for (int h = 0; h < group; ++h, ++next_head) {
+        const bool keep = second && h + 1 == group;
+        const bool use_kept = both && !second && h == 0;
+        const uint32_t states = use_kept ? kept : next_tile + kTileS;
+        add_head(second || !both, states, keep);
+        kept = states;
+        next_tile += use_kept ? kTilesAcross : kTiles;
       }
       if (both && !second) end_across(crossed++ % 2);
       add_within_chunk<Element, kRole>(gradient, pairs, shared, q(), k(), chunk, at);
