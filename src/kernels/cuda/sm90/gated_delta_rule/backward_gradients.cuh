@@ -23,6 +23,11 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
+/// Numbers of one value head's tiles; of S and dS' that of the first.
+struct HeadTiles {
+  uint32_t d_o, u, d_v, states;
+};
+
 template <typename Element, Role kRole>
 struct GradientRole {
   static constexpr bool kQuery = kRole == Role::kQuery;
@@ -38,6 +43,7 @@ struct GradientRole {
   GradientRing ring;
   uint32_t next_tile = 0;
   uint32_t next_head = 0;  // of a part: gates and sums
+  uint32_t kept = 0;       // the first of the tiles that the next part uses too
 
   __device__ __forceinline__ GradientRole(const BackwardArguments& p, GradientShared& shared,
                                           int thread)
@@ -83,7 +89,12 @@ struct GradientRole {
     for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
     wgmma_wait<0>();
     pin(scores);
-    for (int h = 0; h < p.HV / p.H; ++h, ++next_head, next_tile += kTilesAcross) add_head_across();
+    const int group = p.HV / p.H;
+    for (int h = 0; h < group; ++h, ++next_head) {
+      kept = next_tile;
+      add_head_across(h + 1 == group);
+      next_tile += kTilesAcross;
+    }
 
     uint32_t operand[4][4];
     to_operand<Element>(pairs, operand);
@@ -110,23 +121,24 @@ struct GradientRole {
     release_tile(first_keys);
   }
 
-  /// One value head of that.
-  __device__ __forceinline__ void add_head_across() {
+  /// One value head of that; `keep`: dO and dV are not done with.
+  __device__ __forceinline__ void add_head_across(bool keep) {
     const auto gate = slot(shared.gate_full, next_head);
     const auto stage = slot(shared.sums_full, next_head);
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     mbarrier_wait(shared_address(&shared.sums_empty[stage.stage]), stage.parity ^ 1);
     const uint32_t d_o = wait_tile(next_tile + kTileDO);
     const uint32_t u = wait_tile(next_tile + kTileU);
-    if constexpr (!kQuery) release_tile(next_tile + kTileDO);
     const uint32_t d_v = wait_tile(next_tile + kTileDV);
-    if constexpr (kQuery) release_tile(next_tile + kTileDV);
     float product[32];
     issue_product<Element>(product, kQuery ? d_o : d_v, u);
     wgmma_wait<0>();
     pin(product);
     release_tile(next_tile + kTileU);
-    release_tile(next_tile + (kQuery ? kTileDO : kTileDV));
+    if (!keep) {
+      release_tile(next_tile + kTileDO);
+      release_tile(next_tile + kTileDV);
+    }
     add_pairs_across<kRole>(pairs, product, scores, shared.gates[gate.stage],
                             shared.sums[stage.stage], at);
     release(shared.gate_empty[gate.stage], at.lane);
@@ -164,11 +176,11 @@ struct GradientRole {
     release_tile(next_tile++);
   }
 
-  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted; `states`: the first of four
-  /// tiles of S and dS', which are done with unless `keep`.
-  __device__ __forceinline__ void add_head(bool through, uint32_t states, bool keep) {
+  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted; `keep`: S and dS' are not
+  /// done with.
+  __device__ __forceinline__ void add_head(const HeadTiles& tiles, bool through, bool keep) {
     const uint32_t head = next_head;
-    const uint32_t first = next_tile;
+    const uint32_t states = tiles.states;
     const auto gate = slot(shared.gate_full, head);
     const auto stage = slot(shared.sums_full, head);
     const GateVectors& gates = shared.gates[gate.stage];
@@ -176,10 +188,10 @@ struct GradientRole {
     const int rows[2] = {16 * at.warp + at.row, 16 * at.warp + at.row + 8};
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     mbarrier_wait(shared_address(&shared.sums_empty[stage.stage]), stage.parity ^ 1);
-    const uint32_t d_o = wait_tile(first + kTileDO);
-    const uint32_t u = wait_tile(first + kTileU);
-    if constexpr (!kQuery) release_tile(first + kTileDO);
-    const uint32_t d_v = wait_tile(first + kTileDV);
+    const uint32_t d_o = wait_tile(tiles.d_o);
+    const uint32_t u = wait_tile(tiles.u);
+    if constexpr (!kQuery) release_tile(tiles.d_o);
+    const uint32_t d_v = wait_tile(tiles.d_v);
     const uint32_t left = kQuery ? d_o : d_v;
     {
       float product[32];
@@ -187,8 +199,8 @@ struct GradientRole {
       wgmma_wait<0>();
       pin(product);
       if constexpr (kQuery) {
-        release_tile(first + kTileU);
-        release_tile(first + kTileDV);
+        release_tile(tiles.u);
+        release_tile(tiles.d_v);
       }
       add_pairs<kRole>(pairs, product, scores, on_diagonal, gates, p.scale, sums, at);
     }
@@ -197,7 +209,7 @@ struct GradientRole {
       const uint32_t s_0 = wait_tile(states);
       const uint32_t s_1 = wait_tile(states + 1);
       multiply_by_states(product, d_o, s_0, s_1);
-      release_tile(first + kTileDO);
+      release_tile(tiles.d_o);
       const float factor[2] = {gates.from_start_scaled[rows[0]], gates.from_start_scaled[rows[1]]};
       add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[0], at);
       const uint32_t d_s_0 = wait_tile(states + 2);
@@ -213,14 +225,14 @@ struct GradientRole {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         const bool reads = i == 0;
-        const uint32_t tiles = states + 2 * i;
-        const uint32_t tile_0 = wait_tile(tiles);
-        const uint32_t tile_1 = wait_tile(tiles + 1);
+        const uint32_t tile = states + 2 * i;
+        const uint32_t tile_0 = wait_tile(tile);
+        const uint32_t tile_1 = wait_tile(tile + 1);
         multiply_by_states(product, reads ? d_v : u, tile_0, tile_1);
-        release_tile(first + (reads ? kTileDV : kTileU));
+        release_tile(reads ? tiles.d_v : tiles.u);
         if (!keep) {
-          release_tile(tiles);
-          release_tile(tiles + 1);
+          release_tile(tile);
+          release_tile(tile + 1);
         }
         float factor[2];
         float dot_factor[2];
@@ -239,7 +251,6 @@ struct GradientRole {
 
   __device__ __forceinline__ void run() {
     uint32_t crossed = 0;  // pairs of two chunks
-    uint32_t kept = 0;     // the last value head's tiles of S and dS'
     clear_gradient();
     for (uint32_t chunk = 0;; ++chunk) {
       wait_tile(next_tile);
@@ -259,12 +270,20 @@ struct GradientRole {
       keep_below_diagonal(scores, at);
       const int group = p.HV / p.H;
       for (int h = 0; h < group; ++h, ++next_head) {
-        const bool keep = second && h + 1 == group;
-        const bool use_kept = both && !second && h == 0;
-        const uint32_t states = use_kept ? kept : next_tile + kTileS;
-        add_head(second || !both, states, keep);
-        kept = states;
-        next_tile += use_kept ? kTilesAcross : kTiles;
+        const bool begins = both && h == 0;  // with what the part before has kept
+        HeadTiles tiles = {next_tile + kTileDO, next_tile + kTileU, next_tile + kTileDV,
+                           next_tile + kTileS};
+        uint32_t count = kTiles;
+        if (begins && second) {
+          tiles = {kept + kTileDO, next_tile, kept + kTileDV, next_tile + 1};
+          count = kTiles - 2;
+        } else if (begins) {
+          tiles.states = kept;
+          count = kTilesAcross;
+        }
+        add_head(tiles, second || !both, second && h + 1 == group);
+        kept = tiles.states;
+        next_tile += count;
       }
       if (both && !second) end_across(crossed++ % 2);
       add_within_chunk<Element, kRole>(gradient, pairs, shared, q(), k(), chunk, at);

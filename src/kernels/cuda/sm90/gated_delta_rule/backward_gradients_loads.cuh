@@ -110,8 +110,8 @@ __device__ __forceinline__ void for_each_part(const BackwardArguments& p, int la
   const int group = p.HV / p.H;
   for_each_pair(p, lane, [&](int, const Work& pair, int c, bool both) {
     for (int part = both ? 0 : 2; part <= 2; ++part) {
-      // The first chunk begins with the last value head of the second (load_gradient_tiles).
-      const bool backwards = both && static_cast<Part>(part) == Part::kFirst;
+      // Each begins with the value head that the one before ends with (load_gradient_tiles).
+      const bool backwards = both && static_cast<Part>(part) != Part::kSecond;
       Work work = pair;
       for (int h = 0; h < group; ++h) {
         work.value_head = pair.value_head + (backwards ? group - 1 - h : h);
@@ -149,13 +149,17 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
                         : keys      ? 2
                         : step == 2 ? static_cast<int>(kTilesAcross)
                                     : static_cast<int>(kTiles);
-      // The first chunk begins with the second's last value head, whose S and dS' are there.
-      const bool states_kept = step == 5 && both;
-      const int begin = states_kept ? kTiles - kTilesAcross : 0;
-      for (int item = begin; item < heads * tiles; ++item, ++next) {
-        const int head_item = states_kept && item < static_cast<int>(kTiles) ? 0 : item / tiles;
-        const int tile = states_kept && head_item == 0 ? item - begin : item % tiles;
-        work.value_head = first_value_head + (states_kept ? group - 1 - head_item : head_item);
+      // Each part begins with the value head that the one before ends with, and of which it finds
+      // dO and dV, or S and dS', in shared memory.
+      const bool after_across = step == 3;
+      const bool after_second = step == 5 && both;
+      const bool backwards = step == 2 || after_second;
+      for (int item = 0; item < heads * tiles; ++item) {
+        const int tile = item % tiles;
+        if (after_across && (item == kTileDO || item == kTileDV)) continue;
+        if (after_second && item >= kTileS && item < kTiles) continue;
+        const int index = item / tiles;
+        work.value_head = first_value_head + (backwards ? group - 1 - index : index);
         Tensor tensor = kK;
         int chunk = c;
         if (keys) {
@@ -171,7 +175,9 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
         }
         // Each part is loaded some 20 us after the one before: what it shares with that is still in
         // the L2 cache if everything else lets go.
-        const bool again = step <= 2 || (step == 3 && tile >= kTileS && item / tiles + 1 < group);
+        const bool again =
+            step <= 1 || (step == 2 && (tile == kTileU || work.value_head > first_value_head)) ||
+            (step == 3 && tile >= kTileS && index + 1 < group);
         const uint64_t policy = again ? keep : last_use;
         const uint32_t address = shared_address(shared.tiles[ring.tile(next)]);
         const uint32_t full = wait_empty();
@@ -184,6 +190,7 @@ __device__ inline void load_gradient_tiles(const BackwardArguments& p, GradientS
             ring.exchange(next, ring.k);
           }
         }
+        ++next;
         if (tensor <= kDV) {
           ConstView4 view = d_v_view;
           if (tensor == kQ) view = p.q_view;
