@@ -78,7 +78,7 @@ __device__ __forceinline__ void add_product(float (&gradient)[64], const float (
 }
 
 /// The elements on the diagonal of a [64, 64] accumulator: of rows `row` and 8 further, in the
-/// lanes that have_diagonal().
+/// lanes where has_diagonal().
 __device__ __forceinline__ void find_diagonal(const float (&x)[32], float (&diagonal)[2],
                                               const Fragment& at) {
 #pragma unroll
