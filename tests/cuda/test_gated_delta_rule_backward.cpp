@@ -22,9 +22,8 @@ TEST(GatedDeltaRuleBackwardSm90, OneChunk) {
   expect_near_reference(kKernel, hopper_case(1, 64, 1, 1, 1));
 }
 
-/// Chunks come in pairs; a sequence's last one may be alone.
-TEST(GatedDeltaRuleBackwardSm90, LengthsAroundAChunkAndAPair) {
-  for (const int64_t T : {1, 2, 63, 65, 127, 128, 129, 192, 193, 200, 256, 321}) {
+TEST(GatedDeltaRuleBackwardSm90, LengthsAroundAChunk) {
+  for (const int64_t T : {1, 2, 63, 65, 128, 200}) {
     expect_near_reference(kKernel, hopper_case(2, T, 1, 2, 10 + static_cast<uint64_t>(T)));
   }
 }

@@ -68,8 +68,8 @@ std::string why_not_sm90(const GatedDeltaRuleBackward& p);
 inline constexpr size_t kBackwardScratchGoal = size_t{2} << 30;
 inline constexpr size_t kWideBackwardScratchGoal = size_t{640} << 20;
 
-/// Bytes of scratch memory that the backward for compute capability 9.0 needs: 128 KB for every two
-/// chunks of every value head of a wave. `longest` as above.
+/// Bytes of scratch memory that the backward for compute capability 9.0 needs: 96 KB for every
+/// chunk of every value head of a wave. `longest` as above.
 size_t gated_delta_rule_backward_sm90_scratch(const GatedDeltaRuleBackward& p, int64_t longest,
                                               size_t scratch_goal = kBackwardScratchGoal);
 

@@ -68,18 +68,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-/// How the L2 cache is to treat what a load brings: as usual, or as the first to go.
-__device__ __forceinline__ uint64_t keep_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t last_use_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
-
 /// Copies one box of a 4-d tensor to shared memory; its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
                                          uint32_t barrier, int x0, int x1, int x2, int x3) {
@@ -87,15 +75,6 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
-                                         uint32_t barrier, int x0, int x1, int x2, int x3,
-                                         uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "l"(policy)
       : "memory");
 }
 
@@ -115,15 +94,6 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(destination),
       "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes,
-                                          uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 

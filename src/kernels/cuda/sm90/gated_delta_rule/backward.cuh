@@ -1,11 +1,8 @@
 // What the three kernels of the Hopper backward share; docs/hopper_backward.md derives them.
 //
-//   replay     from the forward's segment states: S of every pair of chunks, U^ = U / beta, T, P
-//   scan       from the last chunk to the first: dS' of every pair, dV
-//   gradients  every pair by itself: dQ, dK, dg, dbeta
-//
-// A sequence begins a new pair; its last may be one chunk. S is that at the pair's start, dS' the
-// gradient of that at its end.
+//   replay     from the forward's segment states: S of every chunk, U^ = U / beta, T, P
+//   scan       from the last chunk to the first: dS' of every chunk, dV
+//   gradients  every chunk by itself: dQ, dK, dg, dbeta
 //
 // With G = strict_lower(K K^T * D), P = scale lower(Q K^T * D), T = (I + G diag(beta))^-1:
 //   U^ = T (V - diag(exp b) K S)     U = diag(beta) U^
@@ -19,21 +16,13 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
-inline constexpr int kPairTokens = 2 * kChunk;
-static_assert(kSegmentTokens % kPairTokens == 0);
-
-/// Whether the work's chunk c is the last of its pair.
-__device__ __forceinline__ bool ends_pair(const Work& work, int c) {
-  return c % 2 == 1 || c + 1 == work.chunks;
-}
-
-/// What one value head leaves in scratch memory, of a pair its states, of a chunk the rest: tiles
-/// as they lie in shared memory, swizzled, so that plain bulk copies carry them.
+/// What one chunk of one value head leaves in scratch memory: tiles as they lie in shared memory,
+/// swizzled, so that plain bulk copies carry them.
 inline constexpr int kStateHalfBytes = kTileBytes;       // 64 of V x K: two tiles of 64 of K
 inline constexpr int kStateBytes = 2 * kStateHalfBytes;  // S^T and dS'^T, V x K
 inline constexpr int kMatricesBytes = 2 * kMatrixBytes;  // T^T, P
 inline constexpr int kWritesBytes = kTileBytes;          // U^: two tiles of 64 tokens x 64 of V
-inline constexpr int kPairBytes = 2 * (kStateBytes + kMatricesBytes + kWritesBytes);
+inline constexpr int kScratchBytes = 2 * kStateBytes + kMatricesBytes + kWritesBytes;
 
 /// What backwards have beside the problem and what they keep in scratch memory.
 struct GradientTensors {
@@ -77,17 +66,15 @@ __device__ __forceinline__ bool absent(const ProblemArguments& p, const Work& wo
 }
 
 struct BackwardArguments : ProblemArguments, GradientTensors {
-  const float* segment_states;  // [segments, HV, K, V]
-  uint8_t *s, *d_s;             // scratch: [pairs, HV] of the sizes above
-  uint8_t *matrices, *u;        // scratch: [2 pairs, HV]: chunks
-  int span_tokens;              // the scan's spans, whole pairs; 0: whole sequences
-  float* span_starts;           // [spans, HV, K, V], dS; backward_scan.cuh
-  float* span_transitions;      // [spans, HV, K, K]
+  const float* segment_states;      // [segments, HV, K, V]
+  uint8_t *s, *d_s, *matrices, *u;  // scratch: [chunks, HV] of the sizes above
+  int span_tokens;                  // the scan's spans; 0: whole sequences
+  float* span_starts;               // [spans, HV, K, V], dS; backward_scan.cuh
+  float* span_transitions;          // [spans, HV, K, K]
 
-  /// Which entry of the scratch arrays belongs to a pair, or to a chunk: both are counted over all
-  /// sequences, two chunks a pair whether or not there are two.
-  __device__ __forceinline__ int64_t entry(int64_t index, int value_head) const {
-    return index * HV + value_head;
+  /// Which entry of the scratch arrays belongs to a chunk, counted over all sequences.
+  __device__ __forceinline__ int64_t entry(int64_t chunk, int value_head) const {
+    return chunk * HV + value_head;
   }
 };
 
@@ -100,15 +87,14 @@ __device__ __forceinline__ void release(uint64_t& barrier, int lane) {
 /// Fills a [64 tokens, 128] tile, whole chunks by TMA, and completes a phase of `full`.
 __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,
                                           const uint16_t* rows, int64_t stride_t, int head,
-                                          const Work& work, int c, uint32_t full, int lane,
-                                          uint64_t policy) {
+                                          const Work& work, int c, uint32_t full, int lane) {
   const int tokens = work.tokens(c);
   if (tokens == kChunk) {
     if (lane != 0) return;
     mbarrier_arrive_expect(full, kTileBytes);
     for (int half = 0; half < 2; ++half) {
       tma_load(tile + half * kHalfTileBytes, map, full, half * kHalf, head,
-               static_cast<int>(work.begin) + c * kChunk, work.batch, policy);
+               static_cast<int>(work.begin) + c * kChunk, work.batch);
     }
   } else {
     load_ragged_tile(tile, rows, stride_t, tokens, lane);

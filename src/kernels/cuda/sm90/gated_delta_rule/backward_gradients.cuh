@@ -23,11 +23,6 @@
 
 namespace gdn::kernels::cuda::sm90 {
 
-/// Numbers of one value head's tiles; of S and dS' that of the first.
-struct HeadTiles {
-  uint32_t d_o, u, d_v, states;
-};
-
 template <typename Element, Role kRole>
 struct GradientRole {
   static constexpr bool kQuery = kRole == Role::kQuery;
@@ -39,11 +34,6 @@ struct GradientRole {
   float gradient[64];  // dQ, dK
   float pairs[32];     // dP, dG
   float scores[32];    // Q K^T, K K^T
-  float on_diagonal[2];
-  GradientRing ring;
-  uint32_t next_tile = 0;
-  uint32_t next_head = 0;  // of a part: gates and sums
-  uint32_t kept = 0;       // the first of the tiles that the next part uses too
 
   __device__ __forceinline__ GradientRole(const BackwardArguments& p, GradientShared& shared,
                                           int thread)
@@ -53,14 +43,14 @@ struct GradientRole {
   __device__ __forceinline__ uint32_t wait_tile(uint32_t n) const {
     const auto stage = slot(shared.full, n);
     mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
-    return shared_address(shared.tiles[ring.tile(n)]);
+    return shared_address(shared.tiles[stage.stage]);
   }
   __device__ __forceinline__ void release_tile(uint32_t n) const {
     release(shared.empty[slot(shared.full, n).stage], at.lane);
   }
-  __device__ __forceinline__ uint32_t q() const { return shared_address(shared.tiles[ring.q]); }
-  __device__ __forceinline__ uint32_t k() const { return shared_address(shared.tiles[ring.k]); }
-  __device__ __forceinline__ uint32_t own_keys() const { return kQuery ? q() : k(); }
+  __device__ __forceinline__ uint32_t own_keys() const {
+    return shared_address(kQuery ? shared.q : shared.k);
+  }
 
   /// product = left [64 tokens, V] states, states the two halves of V of S^T or dS'^T.
   __device__ __forceinline__ void multiply_by_states(float (&product)[64], uint32_t left,
@@ -79,108 +69,8 @@ struct GradientRole {
     pin(product);
   }
 
-  /// Of the pair's second chunk with the first one, whose K is tile `next`: the gradient begins
-  /// with dP K or dG K; dP^T and dG^T wait in shared memory for the first chunk's dK.
-  __device__ __forceinline__ void begin_across(uint32_t parity) {
-    const uint32_t first_keys = next_tile++;
-    const uint32_t first_k = wait_tile(first_keys);
-    issue_product<Element>(scores, own_keys(), first_k);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
-    wgmma_wait<0>();
-    pin(scores);
-    const int group = p.HV / p.H;
-    for (int h = 0; h < group; ++h, ++next_head) {
-      kept = next_tile;
-      add_head_across(h + 1 == group);
-      next_tile += kTilesAcross;
-    }
-
-    uint32_t operand[4][4];
-    to_operand<Element>(pairs, operand);
-    mbarrier_wait(shared_address(&shared.across_empty[0]), parity ^ 1);
-    const uint32_t own = shared_address(kQuery ? shared.d_p_across : shared.d_g_across);
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      store_matrices_transposed(token_row(own, block, at.warp, at.lane), operand[block][0],
-                                operand[block][1], operand[block][2], operand[block][3]);
-    }
-    const uint64_t k_columns = swizzled_tile(first_k, kHalfTileBytes);
-    pin(gradient);
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<Element, 128, Major::kOuter>(gradient, operand[j], advance(k_columns, j * 16 * 128), 1);
-    }
-    wgmma_commit();
-    fence_async_proxy();
-    release(shared.across_full[0], at.lane);
-    wgmma_wait<0>();
-    pin(gradient);
-    pin(operand);
-    release_tile(first_keys);
-  }
-
-  /// One value head of that; `keep`: dO and dV are not done with.
-  __device__ __forceinline__ void add_head_across(bool keep) {
-    const auto gate = slot(shared.gate_full, next_head);
-    const auto stage = slot(shared.sums_full, next_head);
-    mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
-    mbarrier_wait(shared_address(&shared.sums_empty[stage.stage]), stage.parity ^ 1);
-    const uint32_t d_o = wait_tile(next_tile + kTileDO);
-    const uint32_t u = wait_tile(next_tile + kTileU);
-    const uint32_t d_v = wait_tile(next_tile + kTileDV);
-    float product[32];
-    issue_product<Element>(product, kQuery ? d_o : d_v, u);
-    wgmma_wait<0>();
-    pin(product);
-    release_tile(next_tile + kTileU);
-    if (!keep) {
-      release_tile(next_tile + kTileDO);
-      release_tile(next_tile + kTileDV);
-    }
-    add_pairs_across<kRole>(pairs, product, scores, shared.gates[gate.stage],
-                            shared.sums[stage.stage], at);
-    release(shared.gate_empty[gate.stage], at.lane);
-    release(shared.sums_full[stage.stage], at.lane);
-  }
-
-  /// The first chunk's dK += dP^T Q + dG^T K of the second's Q and K, the next two tiles.
-  __device__ __forceinline__ void end_across(uint32_t parity) {
-    const uint32_t second_q = wait_tile(next_tile);
-    const uint32_t second_k = wait_tile(next_tile + 1);
-    if constexpr (!kQuery) {
-      mbarrier_wait(shared_address(&shared.across_full[0]), parity);
-      const uint64_t d_p = swizzled_tile(shared_address(shared.d_p_across));
-      const uint64_t d_g = swizzled_tile(shared_address(shared.d_g_across));
-      pin(gradient);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        wgmma<Element, 128, Major::kOuter>(
-            gradient, advance(d_p, i * 32),
-            advance(swizzled_tile(second_q, kHalfTileBytes), i * 16 * 128), 1);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        wgmma<Element, 128, Major::kOuter>(
-            gradient, advance(d_g, i * 32),
-            advance(swizzled_tile(second_k, kHalfTileBytes), i * 16 * 128), 1);
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(gradient);
-      release(shared.across_empty[0], at.lane);
-    }
-    release_tile(next_tile++);
-    release_tile(next_tile++);
-  }
-
-  /// One value head of a chunk by itself; `through`: <S, dS'> is wanted; `keep`: S and dS' are not
-  /// done with.
-  __device__ __forceinline__ void add_head(const HeadTiles& tiles, bool through, bool keep) {
-    const uint32_t head = next_head;
-    const uint32_t states = tiles.states;
+  /// One value head; `first` is the number of its first tile.
+  __device__ __forceinline__ void add_head(uint32_t head, uint32_t first) {
     const auto gate = slot(shared.gate_full, head);
     const auto stage = slot(shared.sums_full, head);
     const GateVectors& gates = shared.gates[gate.stage];
@@ -188,10 +78,10 @@ struct GradientRole {
     const int rows[2] = {16 * at.warp + at.row, 16 * at.warp + at.row + 8};
     mbarrier_wait(shared_address(&shared.gate_full[gate.stage]), gate.parity);
     mbarrier_wait(shared_address(&shared.sums_empty[stage.stage]), stage.parity ^ 1);
-    const uint32_t d_o = wait_tile(tiles.d_o);
-    const uint32_t u = wait_tile(tiles.u);
-    if constexpr (!kQuery) release_tile(tiles.d_o);
-    const uint32_t d_v = wait_tile(tiles.d_v);
+    const uint32_t d_o = wait_tile(first + kTileDO);
+    const uint32_t u = wait_tile(first + kTileU);
+    if constexpr (!kQuery) release_tile(first + kTileDO);
+    const uint32_t d_v = wait_tile(first + kTileDV);
     const uint32_t left = kQuery ? d_o : d_v;
     {
       float product[32];
@@ -199,115 +89,62 @@ struct GradientRole {
       wgmma_wait<0>();
       pin(product);
       if constexpr (kQuery) {
-        release_tile(tiles.u);
-        release_tile(tiles.d_v);
+        release_tile(first + kTileU);
+        release_tile(first + kTileDV);
       }
-      add_pairs<kRole>(pairs, product, scores, on_diagonal, gates, p.scale, sums, at);
+      add_pairs<kRole>(pairs, product, scores, gates, p.scale, sums, at);
     }
     float product[64];
+    const uint32_t s_0 = wait_tile(first + kTileS);
+    const uint32_t s_1 = wait_tile(first + kTileS + 1);
+    multiply_by_states(product, left, s_0, s_1);
+    release_tile(first + (kQuery ? kTileDO : kTileDV));
     if constexpr (kQuery) {
-      const uint32_t s_0 = wait_tile(states);
-      const uint32_t s_1 = wait_tile(states + 1);
-      multiply_by_states(product, d_o, s_0, s_1);
-      release_tile(tiles.d_o);
       const float factor[2] = {gates.from_start_scaled[rows[0]], gates.from_start_scaled[rows[1]]};
       add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[0], at);
-      const uint32_t d_s_0 = wait_tile(states + 2);
-      const uint32_t d_s_1 = wait_tile(states + 3);
-      if (through) {
-        const float sum =
-            inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
-        sums.through[at.warp] = sum_warp(sum);
-      }
-      for (int i = 0; !keep && i < 4; ++i) release_tile(states + i);
+      const uint32_t d_s_0 = wait_tile(first + kTileDS);
+      const uint32_t d_s_1 = wait_tile(first + kTileDS + 1);
+      const float sum =
+          inner_product<Element>(s_0, d_s_0, thread) + inner_product<Element>(s_1, d_s_1, thread);
+      sums.through[at.warp] = sum_warp(sum);
+      release_tile(first + kTileS);
+      release_tile(first + kTileS + 1);
     } else {
-      // dV S^T, then U dS'^T: one piece of code, which the multiprocessor has to fetch.
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        const bool reads = i == 0;
-        const uint32_t tile = states + 2 * i;
-        const uint32_t tile_0 = wait_tile(tile);
-        const uint32_t tile_1 = wait_tile(tile + 1);
-        multiply_by_states(product, reads ? d_v : u, tile_0, tile_1);
-        release_tile(reads ? tiles.d_v : tiles.u);
-        if (!keep) {
-          release_tile(tile);
-          release_tile(tile + 1);
-        }
-        float factor[2];
-        float dot_factor[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          factor[r] = reads ? -gates.from_start[rows[r]] : gates.written[rows[r]];
-          dot_factor[r] = reads ? factor[r] : gates.to_end[rows[r]];
-        }
-        add_product<Element>(gradient, product, own_keys(), factor, dot_factor,
-                             reads ? sums.read[1] : sums.written, at);
-      }
+      release_tile(first + kTileS);
+      release_tile(first + kTileS + 1);
+      const float factor[2] = {-gates.from_start[rows[0]], -gates.from_start[rows[1]]};
+      add_product<Element>(gradient, product, own_keys(), factor, factor, sums.read[1], at);
+      const uint32_t d_s_0 = wait_tile(first + kTileDS);
+      const uint32_t d_s_1 = wait_tile(first + kTileDS + 1);
+      multiply_by_states(product, u, d_s_0, d_s_1);
+      release_tile(first + kTileU);
+      const float to_end[2] = {gates.to_end[rows[0]], gates.to_end[rows[1]]};
+      const float written[2] = {gates.written[rows[0]], gates.written[rows[1]]};
+      add_product<Element>(gradient, product, own_keys(), written, to_end, sums.written, at);
     }
+    release_tile(first + kTileDS);
+    release_tile(first + kTileDS + 1);
     release(shared.gate_empty[gate.stage], at.lane);
     release(shared.sums_full[stage.stage], at.lane);
   }
 
   __device__ __forceinline__ void run() {
-    uint32_t crossed = 0;  // pairs of two chunks
-    clear_gradient();
-    for (uint32_t chunk = 0;; ++chunk) {
-      wait_tile(next_tile);
-      const GradientItem& item = shared.items[chunk % 2];
-      const int c = uniform(item.c);
-      const bool both = uniform(item.both);
-      if (c < 0) return;
-      take_keys();
-      const bool second = c % 2 == 1;
-      if (second) begin_across(crossed % 2);
-      issue_product<Element>(scores, own_keys(), k());
+    const int group = p.HV / p.H;
+    uint32_t head = 0;
+    uint32_t tile = 0;
+    for_each_chunk(p, at.lane, [&](uint32_t n, int, const Work& work, int c) {
+      mbarrier_wait(shared_address(&shared.key_full[0]), n % 2);
+      issue_product<Element>(scores, own_keys(), shared_address(shared.k));
+#pragma unroll
+      for (int i = 0; i < 64; ++i) gradient[i] = 0.0F;
 #pragma unroll
       for (int i = 0; i < 32; ++i) pairs[i] = 0.0F;
       wgmma_wait<0>();
       pin(scores);
-      if constexpr (kQuery) find_diagonal(scores, on_diagonal, at);
-      keep_below_diagonal(scores, at);
-      const int group = p.HV / p.H;
-      for (int h = 0; h < group; ++h, ++next_head) {
-        const bool begins = both && h == 0;  // with what the part before has kept
-        HeadTiles tiles = {next_tile + kTileDO, next_tile + kTileU, next_tile + kTileDV,
-                           next_tile + kTileS};
-        uint32_t count = kTiles;
-        if (begins && second) {
-          tiles = {kept + kTileDO, next_tile, kept + kTileDV, next_tile + 1};
-          count = kTiles - 2;
-        } else if (begins) {
-          tiles.states = kept;
-          count = kTilesAcross;
-        }
-        add_head(tiles, second || !both, second && h + 1 == group);
-        kept = tiles.states;
-        next_tile += count;
-      }
-      if (both && !second) end_across(crossed++ % 2);
-      add_within_chunk<Element, kRole>(gradient, pairs, shared, q(), k(), chunk, at);
-      store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, item.work, c, at);
-      clear_gradient();
-    }
-  }
-
- private:
-  /// x, which the compiler then knows to be the same in every lane.
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffU, x, 0); }
-
-  /// From the next two tiles; those of the chunk before are done with.
-  __device__ __forceinline__ void take_keys() {
-    ring.exchange(next_tile, ring.q);
-    release_tile(next_tile++);
-    wait_tile(next_tile);
-    ring.exchange(next_tile, ring.k);
-    release_tile(next_tile++);
-  }
-
-  __device__ __forceinline__ void clear_gradient() {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) gradient[i] = 0.0F;
+      for (int h = 0; h < group; ++h, ++head, tile += kTiles) add_head(head, tile);
+      add_within_chunk<Element, kRole>(gradient, pairs, shared, n, at);
+      store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, work, c, at);
+    });
   }
 };
 
@@ -318,10 +155,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   auto& shared = *reinterpret_cast<GradientShared*>(raw_shared);
   if (threadIdx.x == 0) {
     init_barriers(shared.full, shared.empty, 1, 8);
+    init_barriers(shared.key_full, shared.key_empty, 2, 8);
     init_barriers(shared.gate_full, shared.gate_empty, 1, 9);
     init_barriers(shared.sums_full, shared.sums_empty, 8, 1);
     init_barriers(shared.d_p_full, shared.d_p_empty, 4, 4);
-    init_barriers(shared.across_full, shared.across_empty, 8, 4);
     mbarrier_init_fence();
     prefetch_tensor_map(&p.q);
     prefetch_tensor_map(&p.k);
@@ -347,6 +184,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       load_gradient_gates(p, shared, lane);
     } else if (warp == 2) {
       store_gate_gradients(p, shared, lane);
+    } else {
+      load_gradient_keys(p, shared, lane);
     }
   } else if (warpgroup == 1) {
     raise_registers<kGradientRegisters>();

@@ -77,49 +77,20 @@ __device__ __forceinline__ void add_product(float (&gradient)[64], const float (
   }
 }
 
-/// The elements on the diagonal of a [64, 64] accumulator: of rows `row` and 8 further, in the
-/// lanes where has_diagonal().
-__device__ __forceinline__ void find_diagonal(const float (&x)[32], float (&diagonal)[2],
-                                              const Fragment& at) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int warp = 0; warp < 4; ++warp) {
-      const int e = 4 * (2 * warp + r) + 2 * r;
-      const float own = at.row % 2 == 0 ? x[e] : x[e + 1];
-      diagonal[r] = warp == 0 || warp == at.warp ? own : diagonal[r];
-    }
-  }
-}
-__device__ __forceinline__ bool has_diagonal(const Fragment& at) {
-  return at.row / 2 == at.lane % 4;
-}
-
-/// Of `scores`, what lies below the diagonal; the rest is zero.
-__device__ __forceinline__ void keep_below_diagonal(float (&scores)[32], const Fragment& at) {
-#pragma unroll
-  for (int e = 0; e < 32; ++e) {
-    const int distance =
-        16 * at.warp + at.row + 8 * (e / 2 % 2) - at.column - (8 * (e / 4) + e % 2);
-    scores[e] = distance > 0 ? scores[e] : 0.0F;
-  }
-}
-
-/// dP or dG (`pairs`) from `product`, dO U^^T or dV U^^T; and the sums of Y, with `scores`, what
-/// Q K^T or K K^T have below the diagonal; `on_diagonal`: what Q K^T has there. Every warp goes
-/// through all columns, those above the diagonal too: the code is met once a piece of work, and
-/// what it costs is to fetch it, jumps most of all.
+/// dP or dG (`pairs`) from `product`, dO U^^T or dV U^^T; and the sums of Y, with `scores`, Q K^T
+/// or K K^T. Every warp goes through all columns, those above the diagonal too: the code is met
+/// once a piece of work, and what it costs is to fetch it, jumps most of all.
 template <Role kRole, Result kResult = Result::kAdded>
 __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&product)[32],
-                                          const float (&scores)[32], const float (&on_diagonal)[2],
-                                          const GateVectors& gates, float scale, ChunkSums& sums,
-                                          const Fragment& at) {
+                                          const float (&scores)[32], const GateVectors& gates,
+                                          float scale, ChunkSums& sums, const Fragment& at) {
   constexpr bool kQuery = kRole == Role::kQuery;
   constexpr int kIndex = kQuery ? 0 : 1;
   const int first_row = 16 * at.warp + at.row;
   const float b[2] = {gates.b[first_row], gates.b[first_row + 8]};
   const float factor = kQuery ? scale : -1.0F;
   float rows[2] = {0, 0};
+  float diagonal[2] = {0, 0};
   float2 columns[8];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -133,12 +104,14 @@ __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&prod
         const int distance = first_row + 8 * r - at.column - (8 * n + x);  // row less column
         const int e = 4 * n + 2 * r + x;
         // Above the diagonal the exponent is positive: select, never multiply by zero.
-        const float decay = exp2_approx(b[r] - (x == 0 ? b_j.x : b_j.y));
+        const float decay = exp2_approx(b[r] - (x == 0 ? b_j.x : b_j.y)) * factor;
         const float d = distance >= (kQuery ? 0 : 1) ? decay * product[e] : 0.0F;
-        const float d_u = d * (factor * (x == 0 ? beta.x : beta.y));
+        const float d_u = d * (x == 0 ? beta.x : beta.y);
         pairs[e] = kResult == Result::kAdded ? pairs[e] + d_u : d_u;
-        rows[r] += scores[e] * d_u;
-        (x == 0 ? columns[n].x : columns[n].y) += scores[e] * d;
+        const float below = distance > 0 ? scores[e] : 0.0F;
+        if constexpr (kQuery) diagonal[r] = distance == 0 ? scores[e] * d : diagonal[r];
+        rows[r] += below * d_u;
+        (x == 0 ? columns[n].x : columns[n].y) += below * d;
       }
     }
   }
@@ -146,72 +119,22 @@ __device__ __forceinline__ void add_pairs(float (&pairs)[32], const float (&prod
   for (int r = 0; r < 2; ++r) {
     const float sum = sum_row(rows[r]);
     if (at.lane % 4 == 0) sums.row[kIndex][first_row + 8 * r] = sum;
-  }
-  if constexpr (kQuery) {
-    float diagonal[2];
-    find_diagonal(product, diagonal, at);
-    if (has_diagonal(at)) {
-      sums.diagonal[first_row] = factor * on_diagonal[0] * diagonal[0];
-      sums.diagonal[first_row + 8] = factor * on_diagonal[1] * diagonal[1];
-    }
-  }
-  float2 column;
-  const int n = sum_columns(columns, at.lane, column);
-  column = {factor * column.x, factor * column.y};
-  *reinterpret_cast<float2*>(&sums.column[kIndex][at.warp][8 * n + at.column]) = column;
-}
-
-/// As add_pairs, of the second chunk's tokens (rows) with the first's: no diagonal, and decays that
-/// are products of a row's and a column's factor, both at most 1.
-template <Role kRole>
-__device__ __forceinline__ void add_pairs_across(float (&pairs)[32], const float (&product)[32],
-                                                 const float (&scores)[32],
-                                                 const GateVectors& gates, ChunkSums& sums,
-                                                 const Fragment& at) {
-  constexpr int kIndex = kRole == Role::kQuery ? 0 : 1;
-  const int first_row = 16 * at.warp + at.row;
-  const float* from_start = kIndex == 0 ? gates.from_start_scaled : gates.from_start;
-  const float sign = kIndex == 0 ? 1.0F : -1.0F;
-  const float factor[2] = {sign * from_start[first_row], sign * from_start[first_row + 8]};
-  float rows[2] = {0, 0};
-  float2 columns[8];
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float2 to_end = *reinterpret_cast<const float2*>(&gates.to_end[8 * n + at.column]);
-    const float2 written = *reinterpret_cast<const float2*>(&gates.written[8 * n + at.column]);
-    columns[n] = {0, 0};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        const int e = 4 * n + 2 * r + x;
-        const float y = factor[r] * product[e];
-        const float d_u = y * (x == 0 ? written.x : written.y);
-        pairs[e] += d_u;
-        rows[r] += scores[e] * d_u;
-        (x == 0 ? columns[n].x : columns[n].y) += scores[e] * (y * (x == 0 ? to_end.x : to_end.y));
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = sum_row(rows[r]);
-    if (at.lane % 4 == 0) sums.row[kIndex][first_row + 8 * r] = sum;
+    // The lane that has the row's element on the diagonal.
+    if (kQuery && at.row / 2 == at.lane % 4) sums.diagonal[first_row + 8 * r] = diagonal[r];
   }
   float2 column;
   const int n = sum_columns(columns, at.lane, column);
   *reinterpret_cast<float2*>(&sums.column[kIndex][at.warp][8 * n + at.column]) = column;
 }
 
-/// What the whole group's dP and dG (`pairs`) give, times Q and K, tiles of 128 of their columns:
-/// so many of dQ or dK, of the block's n-th chunk.
+/// What the whole group's dP and dG (`pairs`) give, times Q and K: 128 columns of dQ or dK, of the
+/// block's n-th chunk.
 template <typename Element, Role kRole, typename Shared>
 __device__ __forceinline__ void add_within_chunk(float (&gradient)[64], const float (&pairs)[32],
-                                                 Shared& shared, uint32_t q, uint32_t k, uint32_t n,
-                                                 const Fragment& at) {
+                                                 Shared& shared, uint32_t n, const Fragment& at) {
   constexpr bool kQuery = kRole == Role::kQuery;
-  const uint64_t q_columns = swizzled_tile(q, kHalfTileBytes);
-  const uint64_t k_columns = swizzled_tile(k, kHalfTileBytes);
+  const uint64_t q_columns = swizzled_tile(shared_address(shared.q), kHalfTileBytes);
+  const uint64_t k_columns = swizzled_tile(shared_address(shared.k), kHalfTileBytes);
   const uint32_t own = shared_address(kQuery ? shared.d_p : shared.d_g);
   const uint32_t parity = n % 2;
   uint32_t operand[4][4];
@@ -261,6 +184,7 @@ __device__ __forceinline__ void add_within_chunk(float (&gradient)[64], const fl
   pin(gradient);
   pin(operand);
   if constexpr (!kQuery) release(shared.d_p_empty[0], at.lane);
+  release(shared.key_empty[0], at.lane);
 }
 
 /// Of a 4 x 4 matrix of words, `words` a lane's row of four neighbouring lanes: the lane's column.
@@ -327,6 +251,14 @@ __device__ __forceinline__ float inner_product(uint32_t x, uint32_t y, int threa
     }
   }
   return sum;
+}
+
+__device__ __forceinline__ float sum_warp(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(0xffffffffU, x, distance);
+  }
+  return x;
 }
 
 }  // namespace gdn::kernels::cuda::sm90

@@ -1,6 +1,6 @@
 // The replay: from the state that the forward kept at a segment's start, the states at the starts
-// of its pairs of chunks, with what else the other two kernels need of them. The forward's roles
-// without O: one block a segment and value head.
+// of its chunks, with what else the other two kernels need of them. The forward's roles without
+// O: one block a segment and value head.
 #pragma once
 
 #include <gdn/kernels/cuda/sm90/gated_delta_rule/backward.cuh>
@@ -106,16 +106,13 @@ struct ReplayScan {
     multiply_by_tile<Element>(a, s_operand, shared_address(shared.k[key.stage]));
     wgmma_commit();
 
-    const bool starts_pair = c % 2 == 0;
-    if (starts_pair) {
-      stage_state(s_operand, shared_address(shared.s[half]), warp, lane);
-      fence_async_proxy();
-    }
+    stage_state(s_operand, shared_address(shared.s[half]), warp, lane);
+    fence_async_proxy();
     state_sync_after_stores(half, thread);
-    if (starts_pair && thread == 0) {
-      bulk_store(p.s + p.entry((first_chunk + c) / 2, work.value_head) * kStateBytes +
-                     half * kStateHalfBytes,
-                 shared_address(shared.s[half]), kStateHalfBytes);
+    if (thread == 0) {
+      bulk_store(
+          p.s + p.entry(first_chunk + c, work.value_head) * kStateBytes + half * kStateHalfBytes,
+          shared_address(shared.s[half]), kStateHalfBytes);
       tma_store_commit();
     }
     if constexpr (!kFirst) decay_state(gates);
@@ -262,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Work work(p, piece.sequence, blockIdx.x % p.HV);
   work.narrow(piece.index * kSegmentTokens, kSegmentTokens);
   const int first_chunk =
-      2 * first_piece(p, kPairTokens, piece.sequence, lane) + piece.index * kSegmentChunks;
+      first_piece(p, kChunk, piece.sequence, lane) + piece.index * kSegmentChunks;
   const int segment_state = first_segment(p, piece.sequence, lane) +
                             static_cast<int>(p.window_begin / kSegmentTokens) + piece.index;
   const int warpgroup = __shfl_sync(0xffffffffU, threadIdx.x / 128, 0);

@@ -1,4 +1,4 @@
-// The scan: from the last chunk to the first, dS of the end of every pair of chunks, and dV.
+// The scan: from the last chunk to the first, dS of every chunk's end, and dV.
 //
 // dS^T, 64 of V's rows a warpgroup, stays in fp32 registers, as S^T does in the forward
 // (state.cuh):
@@ -78,10 +78,7 @@ struct GradientScan {
         swizzled_tile(shared_address(shared.matrices[stage.stage]) + kMatrixBytes);
     uint32_t s_operand[8][4];
     to_operand<Element>(s, s_operand);
-    if constexpr (kPass == Pass::kGradients) {
-      const int c = work.chunks - 1 - i;
-      if (ends_pair(work, c)) store_state(s_operand, (first_chunk + c) / 2);
-    }
+    if constexpr (kPass == Pass::kGradients) store_state(s_operand, work.chunks - 1 - i);
     mbarrier_wait(shared_address(&shared.full[stage.stage]), stage.parity);
     uint32_t d_o[4][4];
     load_d_o(d_o, stage.stage);
@@ -222,7 +219,7 @@ struct GradientScan {
   static constexpr int kStateLane = 1;
 
   /// Each warp writes its 16 rows of dS', so none waits for another.
-  __device__ __forceinline__ void store_state(const uint32_t (&operand)[8][4], int64_t pair) const {
+  __device__ __forceinline__ void store_state(const uint32_t (&operand)[8][4], int chunk) const {
     constexpr uint32_t kWarpBytes = 16 * 128;
     const uint32_t tile = shared_address(shared.d_s[local]);
     if (lane == kStateLane) tma_store_wait_read<0>();
@@ -231,7 +228,8 @@ struct GradientScan {
     fence_async_proxy();
     __syncwarp();
     if (lane == kStateLane) {
-      uint8_t* out = p.d_s + p.entry(pair, work.value_head) * kStateBytes + half * kStateHalfBytes;
+      uint8_t* out = p.d_s + p.entry(first_chunk + chunk, work.value_head) * kStateBytes +
+                     half * kStateHalfBytes;
       for (int k_half = 0; k_half < 2; ++k_half) {
         const uint32_t offset = k_half * kHalfTileBytes + warp * kWarpBytes;
         bulk_store(out + offset, tile + offset, kWarpBytes);
@@ -272,7 +270,7 @@ __global__ void __launch_bounds__(kScanThreads<kHalves>, 1)
   // The first span's start is left to the second pass; the last span starts from a known dS.
   if (kPass == Pass::kSpans && (piece.index == 0 || (transition && last))) return;
 
-  int first_chunk = 2 * first_piece(p, kPairTokens, piece.sequence, lane);
+  int first_chunk = first_piece(p, kChunk, piece.sequence, lane);
   if (spans) {
     first_chunk += piece.index * (p.span_tokens / kChunk);
     work.narrow(int64_t{piece.index} * p.span_tokens, p.span_tokens);

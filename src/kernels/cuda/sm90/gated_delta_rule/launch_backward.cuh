@@ -23,12 +23,12 @@ inline bool scan_splits_v(int64_t sequence_heads, int multiprocessors) {
 /// mean decides.
 inline int scan_span_tokens(const GatedDeltaRuleProblem& p, int64_t window_tokens,
                             int multiprocessors) {
-  constexpr int64_t kLeastPairs = 4;  // of a span: below, launches outweigh it
+  constexpr int64_t kLeastChunks = 8;  // of a span: below, launches outweigh it
   const int64_t mean_length = std::min(p.B * p.T / p.N, window_tokens);
   for (int64_t spans = multiprocessors; spans >= 3; --spans) {
     if (p.N * p.HV * (kSpanBlocks * spans - 6) > multiprocessors) continue;
-    const int64_t pairs = (mean_length + kPairTokens * spans - 1) / (kPairTokens * spans);
-    if (pairs >= kLeastPairs) return static_cast<int>(pairs) * kPairTokens;
+    const int64_t chunks = (mean_length + kChunk * spans - 1) / (kChunk * spans);
+    if (chunks >= kLeastChunks) return static_cast<int>(chunks) * kChunk;
   }
   return 0;
 }
@@ -36,18 +36,18 @@ inline int scan_span_tokens(const GatedDeltaRuleProblem& p, int64_t window_token
 /// Arrays in scratch memory, each 128 bytes or a multiple, of a wave of p's heads.
 struct ScratchLayout {
   int span_tokens;
-  int64_t pairs, spans;  // times value heads, at most
-  size_t carry;          // bytes
+  int64_t chunks, spans;  // times value heads, at most
+  size_t carry;           // bytes
 
   ScratchLayout(const GatedDeltaRuleProblem& p, int64_t window_tokens, bool windows,
                 int multiprocessors)
       : span_tokens(scan_span_tokens(p, window_tokens, multiprocessors)),
-        pairs(most_pieces(p, kPairTokens, 0, window_tokens) * p.HV),
+        chunks(most_pieces(p, kChunk, 0, window_tokens) * p.HV),
         spans(span_tokens > 0 ? most_pieces(p, span_tokens, 0, window_tokens) * p.HV : 0),
         carry(windows ? carry_bytes(p) : 0) {}
 
   size_t bytes() const {
-    return static_cast<size_t>(pairs * kPairBytes) +
+    return static_cast<size_t>(chunks * kScratchBytes) +
            static_cast<size_t>(2 * spans * kStateSize) * sizeof(float) + carry;
   }
 };
@@ -98,11 +98,11 @@ struct NarrowBackward {
     BackwardArguments arguments{};
     set_wave(p, plan, first_key_head, window, arguments);
     arguments.s = static_cast<uint8_t*>(scratch);
-    arguments.d_s = arguments.s + at.pairs * kStateBytes;
-    arguments.matrices = arguments.d_s + at.pairs * kStateBytes;
-    arguments.u = arguments.matrices + 2 * at.pairs * kMatricesBytes;
+    arguments.d_s = arguments.s + at.chunks * kStateBytes;
+    arguments.matrices = arguments.d_s + at.chunks * kStateBytes;
+    arguments.u = arguments.matrices + at.chunks * kMatricesBytes;
     arguments.span_tokens = at.span_tokens;
-    arguments.span_starts = reinterpret_cast<float*>(arguments.u + 2 * at.pairs * kWritesBytes);
+    arguments.span_starts = reinterpret_cast<float*>(arguments.u + at.chunks * kWritesBytes);
     arguments.span_transitions = arguments.span_starts + at.spans * kStateSize;
     arguments.carry = arguments.span_transitions + at.spans * kStateSize;
     return arguments;
@@ -139,8 +139,8 @@ void launch_scan(const BackwardArguments& arguments, Stream stream) {
 
 template <typename Element>
 void launch_gradients(const BackwardArguments& arguments, Stream stream) {
-  const int64_t blocks = std::min<int64_t>(
-      most_pieces_of_wave(arguments, kPairTokens) * arguments.H, multiprocessors());
+  const int64_t blocks = std::min<int64_t>(most_pieces_of_wave(arguments, kChunk) * arguments.H,
+                                           multiprocessors());
   if (blocks == 0) return;
   launch(gated_delta_rule_gradients_kernel<Element>, arguments, blocks, kGradientThreads,
          sizeof(GradientShared), "gated_delta_rule_backward_sm90: gradients", stream);

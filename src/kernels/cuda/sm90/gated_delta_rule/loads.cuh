@@ -133,10 +133,11 @@ __device__ __forceinline__ GatePair fetch_gates(const ProblemArguments& p, const
   return gates;
 }
 
-/// The running sum of a chunk's g in units of log 2, lane l's as in GatePair.
-__device__ __forceinline__ float2 sum_gates(float2 g, int lane) {
+/// Writes what the other roles need of a chunk's gates, once `empty` has reached `parity`.
+__device__ __forceinline__ void store_gates(const GatePair& gates, float scale, GateVectors& out,
+                                            uint32_t empty, uint32_t parity, int lane) {
   constexpr uint32_t kWarp = 0xffffffffU;
-  const float2 x = {bounded_log2_decay(g.x), bounded_log2_decay(g.y)};
+  const float2 x = {bounded_log2_decay(gates.g.x), bounded_log2_decay(gates.g.y)};
   float sum = x.x + x.y;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -147,14 +148,6 @@ __device__ __forceinline__ float2 sum_gates(float2 g, int lane) {
   float2 b;
   b.x = (lane == 0 ? 0.0F : before) + x.x;
   b.y = b.x + x.y;
-  return b;
-}
-
-/// Writes what the other roles need of a chunk's gates, once `empty` has reached `parity`.
-__device__ __forceinline__ void store_gates(const GatePair& gates, float scale, GateVectors& out,
-                                            uint32_t empty, uint32_t parity, int lane) {
-  constexpr uint32_t kWarp = 0xffffffffU;
-  const float2 b = sum_gates(gates.g, lane);
   const float end = __shfl_sync(kWarp, b.y, 31);
   const float block_end = __shfl_sync(kWarp, b.y, lane | 7);
 

@@ -142,11 +142,7 @@ struct WideGradientRole {
     // Only now are there registers for them.
     float scores[32];
     find_scores(scores);
-    float on_diagonal[2];
-    if constexpr (kQuery) find_diagonal(scores, on_diagonal, at);
-    keep_below_diagonal(scores, at);
-    add_pairs<kRole, Result::kStored>(pairs, pair_product, scores, on_diagonal, gates, p.scale,
-                                      sums, at);
+    add_pairs<kRole, Result::kStored>(pairs, pair_product, scores, gates, p.scale, sums, at);
     release(shared.gate_empty[gate.stage], at.lane);
     release(shared.sums_full[stage.stage], at.lane);
   }
@@ -178,9 +174,7 @@ struct WideGradientRole {
         find_head(head);
         if (group > 1) gather(h == 0, h + 1 == group);
       }
-      add_within_chunk<Element, kRole>(gradient, pairs, shared, shared_address(shared.q),
-                                       shared_address(shared.k), n, at);
-      release(shared.key_empty[0], at.lane);
+      add_within_chunk<Element, kRole>(gradient, pairs, shared, n, at);
       store_gradient<Element>(gradient, kQuery ? p.d_q : p.d_k, work, c, at, half * kHeadDim, p.K);
     });
   }

@@ -209,9 +209,8 @@ static __global__ void __launch_bounds__(32 * kWideGatesWarps)
                           halves[0].column[lane],
                           halves[0].diagonal[lane],
                           halves[0].through + halves[1].through};
-  const float2 beta = fetch_gates(p, work, piece.index, lane).beta;
-  store_gate_gradients(p, p.d_g, p.d_beta, work, piece.index, gate_gradients(sums, beta, lane),
-                       lane);
+  store_gate_gradients(p, p.d_g, p.d_beta, work, piece.index, sums,
+                       fetch_gates(p, work, piece.index, lane).beta, lane);
 }
 
 }  // namespace gdn::kernels::cuda::sm90
