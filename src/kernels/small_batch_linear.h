@@ -1,16 +1,15 @@
 // Parameters of a linear map of a few rows, with what stands before and after it in a decoding
 // step.
 //
-//   z_i = x_i                                          without a norm
-//   z_i = x_i r norm_weight_{i mod G} silu(gate_i)     r = rsqrt(mean(x^2) + eps), of i's group of
-//   G y_n = sum_i weight_{n i} z_i                       and then one of
+//   z_i = x_i, or with a norm x_i r norm_weight_{i mod G} silu(gate_i)
+//   y_n = sum_i weight_{n i} z_i
+//
+// where r = rsqrt(mean(x^2) + eps) of i's group of G. Then one of
 //
 //   y_n + residual_n
-//   silu(y_n) y_{N + n}                                SwiGLU: the weight has 2 N rows
-//   silu(bias_n + sum_w taps_{n w} c_w)                the short convolution, for n < channels,
-//   else
-//                                                      y_n: c are its state's W - 1 inputs and y_n,
-//                                                      which joins the state
+//   silu(y_n) y_{N + n}                    SwiGLU: the weight has 2 N rows
+//   silu(bias_n + sum_w taps_{n w} c_w)    the short convolution, for n < channels: c are its
+//                                          state's W - 1 inputs and y_n, which joins the state
 //
 // A weight of int8 stands for weight_{n i} scales_{n, i / Q}.
 //
@@ -30,8 +29,8 @@ struct SmallBatchLinear {
   ConstView2 x;                  // [M, D]
   const void* weight = nullptr;  // [N, D], or [2 N, D] with swiglu; contiguous
 
-  const float* scales =
-      nullptr;             // [rows of the weight, ceil(D / Q)] contiguous: the weight is int8
+  /// [rows of the weight, ceil(D / Q)] contiguous: the weight is int8. Null: it is of dtype.
+  const float* scales = nullptr;
   int64_t scale_size = 0;  // Q
 
   const void* norm_weight = nullptr;  // [G], or null: no norm

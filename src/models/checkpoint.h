@@ -22,9 +22,8 @@ void save_pretrained(GatedDeltaNetForCausalLM& model, const std::filesystem::pat
 /// Loads a model folder of ours, of transformers with our classes, or of flash-linear-attention.
 /// Without dtype the weights keep the checkpoint's. A_log and dt_bias are always fp32. With
 /// int8_scale_size (see round_to_int8) matrices become int8 one after another, so that no more than
-/// one is there in dtype. Throws
-/// std::runtime_error that names the file and the first missing or unexpected key, or the key whose
-/// shape does not fit with both shapes.
+/// one is there in dtype. Throws std::runtime_error that names the file and the first missing or
+/// unexpected key, or the key whose shape does not fit with both shapes.
 GatedDeltaNetForCausalLM load_pretrained(const std::filesystem::path& folder,
                                          c10::Device device = c10::kCPU,
                                          std::optional<c10::ScalarType> dtype = std::nullopt,

@@ -13,9 +13,9 @@
 namespace gdn {
 
 /// A model's decoding step over static tensors: what it queues on a GPU can be replayed as a CUDA
-/// graph.
-/// Five operators a layer: input projections with norm and short convolution, the state, output
-/// projection with gated norm and residual, the MLP's halves; small_batch_linear.h tells how.
+/// graph. Five operators a layer: input projections with norm and short convolution, the state,
+/// output projection with gated norm and residual, the MLP's halves; small_batch_linear.h tells
+/// how.
 ///
 /// The weights that one product reads are laid out one after another, and the model's parameters
 /// become views of them: the memory stays the same, and so do the model's keys and results.

@@ -15,9 +15,10 @@ struct MatrixLibrary {
   bool in_fp32 = false;  ///< the factors as fp32, the product rounded to their dtype
 };
 
-/// For `rows` rows of the product or more, kFewRows if the number is not known to be smaller. The
-/// measurements are in docs/cpu_kernels.md.
+/// Products of fewer rows read the weights no faster in fp32.
 inline constexpr int64_t kFewRows = 16;
+
+/// Which way a product of `rows` rows goes; docs/cpu_kernels.md has the measurements behind it.
 MatrixLibrary matrix_library(at::ScalarType dtype, bool is_x86, bool has_avx512,
                              int64_t rows = kFewRows);
 /// On this processor.
