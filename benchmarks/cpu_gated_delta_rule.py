@@ -6,17 +6,27 @@ ratios. Shape: B 1, T 2048, H/HV 16/32, K = V = 128 unless given.
 """
 
 import argparse
+import os
 import platform
 import sys
 
 import torch
-import transformers
 from support.timing import print_header, report
-from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-# The PyTorch code itself: the names alone are our operators where compat/fla is installed.
-torch_chunk_gated_delta_rule = modeling.torch_chunk_gated_delta_rule.__wrapped__
-torch_recurrent_gated_delta_rule = modeling.torch_recurrent_gated_delta_rule.__wrapped__
+
+def load(library):
+    """Our operators, and transformers' PyTorch code: for a chunk, and token by token."""
+    os.environ["GDN_OPS_LIBRARY"] = os.path.abspath(library)  # for transformers, where it finds us
+    torch.ops.load_library(os.environ["GDN_OPS_LIBRARY"])
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+    # The PyTorch code itself: the names alone are our operators where compat/fla is installed.
+    return (
+        torch.ops.gdn.chunk_gated_delta_rule,
+        torch.ops.gdn.fused_recurrent_gated_delta_rule,
+        modeling.torch_chunk_gated_delta_rule.__wrapped__,
+        modeling.torch_recurrent_gated_delta_rule.__wrapped__,
+    )
 
 
 def make_inputs(args, dtype, tokens):
@@ -59,12 +69,10 @@ def check(name, inputs, state, run_ours, run_theirs):
             sys.exit(f"wrong result: {name} {part}")
 
 
-def training_step(function, inputs, state):
-    """Forward and backward of a sum that every output enters."""
+def training_step(function, inputs, state, gradients):
+    """Forward, and backward from given gradients of the output and the state."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    output, final_state = function(leaves, state)
-    (output.float().square().mean() + final_state.square().mean()).backward()
-    return leaves
+    return torch.autograd.grad(function(leaves, state), leaves, gradients)
 
 
 def main():
@@ -78,9 +86,8 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.ops.load_library(args.library)
-    chunk = torch.ops.gdn.chunk_gated_delta_rule
-    recurrent = torch.ops.gdn.fused_recurrent_gated_delta_rule
+    chunk, recurrent, their_chunk, their_recurrent = load(args.library)
+    import transformers
 
     with open("/proc/cpuinfo") as cpuinfo:
         models = {line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")}
@@ -95,13 +102,14 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         inputs, state = make_inputs(args, dtype, args.tokens)
         step_inputs, _ = make_inputs(args, dtype, 1)
+        gradients = torch.randn_like(inputs[2]), torch.randn_like(state)
         name = str(dtype).removeprefix("torch.")
         check(
             f"{name} chunked",
             inputs,
             state,
             lambda: ours(chunk, inputs, state),
-            lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
+            lambda: theirs(their_chunk, inputs, state),
         )
         print_header("transformers")
         with torch.no_grad():
@@ -109,16 +117,16 @@ def main():
                 f"{name} forward",
                 [
                     lambda: ours(chunk, inputs, state),
-                    lambda: theirs(torch_chunk_gated_delta_rule, inputs, state),
+                    lambda: theirs(their_chunk, inputs, state),
                 ],
                 args.repeats,
             )
         report(
             f"{name} forward + backward",
             [
-                lambda: training_step(lambda x, s: ours(chunk, x, s), inputs, state),
+                lambda: training_step(lambda x, s: ours(chunk, x, s), inputs, state, gradients),
                 lambda: training_step(
-                    lambda x, s: theirs(torch_chunk_gated_delta_rule, x, s), inputs, state
+                    lambda x, s: theirs(their_chunk, x, s), inputs, state, gradients
                 ),
             ],
             args.repeats,
@@ -128,7 +136,7 @@ def main():
                 f"{name} decode step",
                 [
                     lambda: ours(recurrent, step_inputs, state),
-                    lambda: theirs(torch_recurrent_gated_delta_rule, step_inputs, state),
+                    lambda: theirs(their_recurrent, step_inputs, state),
                 ],
                 50 * args.repeats,
             )

@@ -35,13 +35,14 @@ struct RecurrentWorkspace {
   HWY_ALIGN float rstd[kTokenBlock];
   float decay[kTokenBlock], beta[kTokenBlock], kq[kTokenBlock];
 
+  /// One tile for all rows: clearing a padded one for each would take longer than a token.
   RecurrentWorkspace(int64_t tokens, int64_t K, int64_t V, bool in_place)
-      : memory(2 * Workspace::tile_floats(tokens, K) + 2 * Workspace::tile_floats(tokens, V) +
+      : memory(Workspace::tile_floats(4 * tokens, std::max(K, V)) +
                (in_place ? 0 : Workspace::tile_floats(K, V))),
-        q(memory.tile(tokens, K)),
-        k(memory.tile(tokens, K)),
-        v(memory.tile(tokens, V)),
-        o(memory.tile(tokens, V)) {
+        q(memory.tile(4 * tokens, std::max(K, V))),
+        k(below(q, tokens)),
+        v(below(k, tokens)),
+        o(below(v, tokens)) {
     if (!in_place) S = memory.tile(K, V);
   }
 };
@@ -127,27 +128,35 @@ void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, hwy::bfl
   }
 }
 
+/// Queries and keys of tokens [t, t + tokens) of row b, one key head, as the recurrence wants them.
+inline void load_keys(const GatedDeltaRuleForward& p, int64_t b, int64_t t, int64_t tokens,
+                      int64_t key_head, RecurrentWorkspace& w) {
+  load_tokens(p.q, p.dtype, b, t, key_head, tokens, tokens, p.K, w.q);
+  load_tokens(p.k, p.dtype, b, t, key_head, tokens, tokens, p.K, w.k);
+  if (p.qk_l2norm) {
+    l2_normalize(w.q, tokens, p.K, w.rstd);
+    l2_normalize(w.k, tokens, p.K, w.rstd);
+  }
+  for (int64_t i = 0; i < tokens; ++i) w.kq[i] = dot(w.k.row(i), w.q.row(i), padded(p.K));
+}
+
 /// The tokens of one sequence and value head; S holds the state before, and then after them.
+/// `same_keys`: w holds the keys of this sequence and key head already, if they are one block.
 template <typename Element>
-void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h,
+void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h, bool same_keys,
                   RecurrentWorkspace& w, const StateRows<Element>& S) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
   for (int64_t done = 0; done < seq.tokens; done += kTokenBlock) {
     const int64_t t = seq.first_token + done;
     const int64_t tokens = std::min(kTokenBlock, seq.tokens - done);
-    const int64_t key_head = h / (p.HV / p.H);
-    load_tokens(p.q, p.dtype, seq.b, t, key_head, tokens, tokens, p.K, w.q);
-    load_tokens(p.k, p.dtype, seq.b, t, key_head, tokens, tokens, p.K, w.k);
-    load_tokens(p.v, p.dtype, seq.b, t, h, tokens, tokens, p.V, w.v);
-    if (p.qk_l2norm) {
-      l2_normalize(w.q, tokens, p.K, w.rstd);
-      l2_normalize(w.k, tokens, p.K, w.rstd);
+    if (!same_keys || tokens < seq.tokens) {
+      load_keys(p, seq.b, t, tokens, h / (p.HV / p.H), w);
     }
+    load_tokens(p.v, p.dtype, seq.b, t, h, tokens, tokens, p.V, w.v);
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t gate = (seq.b * p.T + t + i) * p.HV + h;
       w.decay[i] = std::exp(static_cast<const float*>(p.g)[gate]);
       w.beta[i] = static_cast<const float*>(p.beta)[gate];
-      w.kq[i] = dot(w.k.row(i), w.q.row(i), padded(p.K));
     }
     const int64_t block = kColumnVectors * lanes;
     int64_t column = 0;
@@ -162,7 +171,8 @@ void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h
 }
 
 template <typename Element>
-void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentWorkspace& w) {
+void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, bool same_keys,
+                RecurrentWorkspace& w) {
   const Sequence seq = sequence(p, n);
   const int64_t offset = (n * p.HV + h) * p.K * p.V;
   const Element* initial = nullptr;
@@ -173,10 +183,10 @@ void recur_head(const GatedDeltaRuleForward& p, int64_t n, int64_t h, RecurrentW
     if constexpr (std::is_same_v<Element, float>) {
       if (initial != final) load_state(initial, p.K, p.V, /*v_first=*/false, Tile{final, p.V});
     }
-    return recur_tokens(p, seq, h, w, StateRows<Element>{final, p.V});
+    return recur_tokens(p, seq, h, same_keys, w, StateRows<Element>{final, p.V});
   }
   load_state(initial, p.K, p.V, p.state_v_first, w.S);
-  recur_tokens(p, seq, h, w, StateRows<float>{w.S.data, w.S.stride});
+  recur_tokens(p, seq, h, same_keys, w, StateRows<float>{w.S.data, w.S.stride});
   if (final != nullptr) store_state(w.S, p.K, p.V, p.state_v_first, final);
 }
 
@@ -185,7 +195,10 @@ void recur_heads(const GatedDeltaRuleForward& p) {
   p.parallel_for(p.N * p.HV, [&](int64_t begin, int64_t end) {
     const int64_t tokens = p.cu_seqlens == nullptr ? std::min(p.T, kTokenBlock) : kTokenBlock;
     RecurrentWorkspace workspace(tokens, p.K, p.V, in_place<Element>(p));
-    for (int64_t i = begin; i < end; ++i) recur_head<Element>(p, i / p.HV, i % p.HV, workspace);
+    for (int64_t i = begin; i < end; ++i) {
+      const bool same_keys = i > begin && i % (p.HV / p.H) != 0;
+      recur_head<Element>(p, i / p.HV, i % p.HV, same_keys, workspace);
+    }
   });
 }
 

@@ -15,8 +15,8 @@
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
-#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/parallel.h>
+#include <gdn/ops/utils/result_memory.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -168,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   check(kOp, x, weight, bias, "initial_state", initial_state, cu_seqlens);
   kernels::ShortConvolutionForward p;
   const Inputs inputs(p, kOp, x, weight, bias, activation, initial_state, cu_seqlens);
-  at::Tensor y = on_huge_pages(at::empty(x.sizes(), x.options()));
+  at::Tensor y = empty_result(x.sym_sizes(), x.options());
   at::Tensor final_state = empty_final_state(x, weight, output_final_state, cu_seqlens);
   p.y = mutable_view3(y);
   if (output_final_state) p.final_state = final_state.mutable_data_ptr();
@@ -180,8 +180,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
 Gradients empty_gradients(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& initial_state) {
   const auto empty_like = [&](const OptionalTensor& like) {
-    return like ? on_huge_pages(at::empty_symint(like->sym_sizes(), like->options()))
-                : at::empty({0}, x.options());
+    return like ? empty_result(like->sym_sizes(), like->options()) : at::empty({0}, x.options());
   };
   return {empty_like(x), empty_like(weight), empty_like(bias), empty_like(initial_state)};
 }

@@ -11,8 +11,8 @@
 #include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
-#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/parallel.h>
+#include <gdn/ops/utils/result_memory.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -102,7 +102,7 @@ void run(const kernels::NormBackward& p, c10::Device device) {
 at::Tensor norm(const at::Tensor& x, const std::optional<at::Tensor>& gate,
                 const std::optional<at::Tensor>& weight, double eps, bool l2) {
   check(x, gate, weight, l2);
-  at::Tensor y = on_huge_pages(at::empty(x.sizes(), x.options()));
+  at::Tensor y = empty_result(x.sym_sizes(), x.options());
   if (y.numel() == 0) return y;
   kernels::NormForward p;
   const Inputs inputs(p, x, gate, weight, eps, l2);
@@ -115,8 +115,8 @@ Pair add_norm(const at::Tensor& x, const at::Tensor& residual,
               const std::optional<at::Tensor>& weight, double eps) {
   check(x, std::nullopt, weight, /*l2=*/false);
   check_residual(x, residual);
-  at::Tensor y = on_huge_pages(at::empty(x.sizes(), x.options()));
-  at::Tensor sum = on_huge_pages(at::empty(x.sizes(), x.options()));
+  at::Tensor y = empty_result(x.sym_sizes(), x.options());
+  at::Tensor sum = empty_result(x.sym_sizes(), x.options());
   if (y.numel() == 0) return {y, sum};
   kernels::NormForward p;
   const Inputs inputs(p, x, std::nullopt, weight, eps, /*l2=*/false);
@@ -132,8 +132,7 @@ Pair add_norm(const at::Tensor& x, const at::Tensor& residual,
 Gradients empty_gradients(const at::Tensor& x, const std::optional<at::Tensor>& gate,
                           const std::optional<at::Tensor>& weight) {
   const auto empty_like = [&](const std::optional<at::Tensor>& like) {
-    return like ? on_huge_pages(at::empty_symint(like->sym_sizes(), like->options()))
-                : at::empty({0}, x.options());
+    return like ? empty_result(like->sym_sizes(), like->options()) : at::empty({0}, x.options());
   };
   return {empty_like(x), empty_like(gate), empty_like(weight)};
 }

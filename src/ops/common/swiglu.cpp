@@ -12,8 +12,8 @@
 #include <gdn/ops/cuda/run.h>
 #include <gdn/ops/utils/autograd.h>
 #include <gdn/ops/utils/check.h>
-#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/parallel.h>
+#include <gdn/ops/utils/result_memory.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -44,7 +44,7 @@ void run(const kernels::SwigluBackward& p, c10::Device device) {
 
 at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
   check(gate, up);
-  at::Tensor y = on_huge_pages(at::empty(gate.sizes(), gate.options()));
+  at::Tensor y = empty_result(gate.sym_sizes(), gate.options());
   if (y.numel() == 0) return y;
   const at::Tensor gate_rows = as_rows(gate);
   const at::Tensor up_rows = as_rows(up);
@@ -65,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_gradients(const at::Tensor& d_y, const
   check(gate, up);
   check_shape("swiglu_backward", "d_y", d_y, gate.sym_sizes(), "that of gate");
   check_like("swiglu_backward", "d_y", d_y, "gate", gate);
-  at::Tensor d_gate = on_huge_pages(at::empty(gate.sizes(), gate.options()));
-  at::Tensor d_up = on_huge_pages(at::empty(gate.sizes(), gate.options()));
+  at::Tensor d_gate = empty_result(gate.sym_sizes(), gate.options());
+  at::Tensor d_up = empty_result(gate.sym_sizes(), gate.options());
   if (gate.numel() == 0) return {d_gate, d_up};
   const at::Tensor gate_rows = as_rows(gate);
   const at::Tensor up_rows = as_rows(up);

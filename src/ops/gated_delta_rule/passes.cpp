@@ -12,9 +12,9 @@
 #include <gdn/ops/gated_delta_rule/gated_delta_rule.h>
 #include <gdn/ops/utils/check.h>
 #include <gdn/ops/utils/cu_seqlens.h>
-#include <gdn/ops/utils/huge_pages.h>
 #include <gdn/ops/utils/log_choice.h>
 #include <gdn/ops/utils/parallel.h>
+#include <gdn/ops/utils/result_memory.h>
 #include <gdn/ops/utils/views.h>
 
 namespace gdn {
@@ -127,8 +127,7 @@ at::Tensor allocate_segment_states(const CoreArguments& a, const PreparedInputs&
   const kernels::GatedDeltaRuleProblem& p = inputs.problem;
   const int64_t capacity = segment_capacity(a).expect_int();
   const int64_t count = inputs.segments();
-  at::Tensor states =
-      on_huge_pages(at::empty({capacity, p.HV, p.K, p.V}, a.v.options().dtype(at::kFloat)));
+  at::Tensor states = empty_result({capacity, p.HV, p.K, p.V}, a.v.options().dtype(at::kFloat));
   states.narrow(0, count, capacity - count).zero_();
   return states;
 }
@@ -148,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   const PreparedInputs inputs(a);
   auto p = inputs.parameters<kernels::GatedDeltaRuleForward>();
 
-  const at::Tensor o = on_huge_pages(at::empty({p.B, p.T, p.HV, p.V}, v.options()));
+  const at::Tensor o = empty_result({p.B, p.T, p.HV, p.V}, v.options());
   at::Tensor final_state = at::empty({0}, inputs.gate_options());
   at::Tensor segment_states = at::empty({0}, v.options().dtype(at::kFloat));
   p.o = mutable_view(o);
@@ -204,9 +203,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     d_final = d_final_state->to(g.scalar_type()).contiguous();
     p.d_final_state = d_final.const_data_ptr();
   }
-  const at::Tensor d_q = on_huge_pages(at::empty(q.sizes(), q.options()));
-  const at::Tensor d_k = on_huge_pages(at::empty(k.sizes(), k.options()));
-  const at::Tensor d_v = on_huge_pages(at::empty(v.sizes(), v.options()));
+  const at::Tensor d_q = empty_result(q.sym_sizes(), q.options());
+  const at::Tensor d_k = empty_result(k.sym_sizes(), k.options());
+  const at::Tensor d_v = empty_result(v.sym_sizes(), v.options());
   const at::Tensor d_g = at::empty(g.sizes(), g.options());
   const at::Tensor d_beta = at::empty(beta.sizes(), beta.options());
   const at::Tensor d_initial_state =
