@@ -293,6 +293,71 @@ void print_pass(const char* pass, const Options& o, DType dtype, const Time& tim
   std::fflush(stdout);
 }
 
+/// Copies half of `bytes` onto the other half on each thread, over and over: what the memory level
+/// that holds so much moves.
+class Copy {
+ public:
+  Copy(int64_t threads, int64_t bytes)
+      : bytes_(bytes), rounds_(std::max<int64_t>(1, (int64_t{1} << 24) / bytes)) {
+    for (int64_t i = 0; i < threads; ++i) memory_.emplace_back(bytes / 4, DType::f32);
+  }
+  void operator()() const {
+    pool_for(static_cast<int64_t>(memory_.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        auto* data = static_cast<uint8_t*>(memory_[static_cast<size_t>(i)].data());
+        for (int64_t round = 0; round < rounds_; ++round) {
+          std::memcpy(data, data + bytes_ / 2, static_cast<size_t>(bytes_ / 2));
+          asm volatile("" ::"r"(data) : "memory");
+        }
+      }
+    });
+  }
+  /// Read and written by one call.
+  double moved() const {
+    return static_cast<double>(bytes_ * rounds_) * static_cast<double>(memory_.size());
+  }
+  int64_t rounds() const { return rounds_; }
+
+ private:
+  int64_t bytes_, rounds_;
+  std::vector<Memory> memory_;
+};
+
+void run_copy(const Options& o, int64_t bytes) {
+  const Copy copy(o.threads, bytes);
+  const Time time = time_of(o.repeats, [&] { copy(); });
+  const auto rounds = static_cast<double>(copy.rounds());
+  std::printf("| copy within %ld KiB a thread | %ld | %.3f | %.3f | %.0f GB/s |\n",
+              static_cast<long>(bytes >> 10), static_cast<long>(o.threads),
+              time.median * 1e3 / rounds, time.least * 1e3 / rounds,
+              copy.moved() / time.median * 1e-9);
+}
+
+/// Decode steps, in turns with copies within as much memory as a thread's share of the state, since
+/// a shared machine changes from moment to moment.
+void run_decode(const Options& o, DType dtype, const Bench& bench) {
+  constexpr int64_t kSteps = 20;  // in a turn
+  GatedDeltaRuleForward p = bench.forward(1);
+  p.initial_state = p.final_state;
+  const auto step = [&] { cpu::recurrent_gated_delta_rule(p); };
+  if (o.repeats == 1) return step();
+  const Copy copy(o.threads, 4 * bench.state_size() / o.threads);
+  std::vector<double> steps, least, copies;
+  for (int64_t i = 0; i < 2 * o.repeats; ++i) {
+    const Time time = time_of(kSteps, step);
+    steps.push_back(time.median);
+    least.push_back(time.least);
+    copies.push_back(copy.moved() / time_of(3, [&] { copy(); }).median);
+  }
+  for (auto* times : {&steps, &least, &copies}) std::sort(times->begin(), times->end());
+  const double bytes = 8.0 * static_cast<double>(bench.state_size());
+  const double median = steps[steps.size() / 2], copied = copies[copies.size() / 2];
+  print_pass("decode step", o, dtype, {median, least[0]}, 0, bytes);
+  std::printf(
+      "  between the steps, copies within as much memory: %.0f GB/s; the step moves %.0f %%\n",
+      copied * 1e-9, 100 * bytes / median / copied);
+}
+
 void run(const Options& o, DType dtype) {
   const Bench bench(o, dtype);
   const auto wanted = [&](std::string_view pass) { return o.pass.empty() || o.pass == pass; };
@@ -310,40 +375,7 @@ void run(const Options& o, DType dtype) {
         time_of(o.repeats, [&] { cpu::chunk_gated_delta_rule_backward(bench.backward()); });
     print_pass("backward", o, dtype, time, chunked_operations(o, true), 0);
   }
-  if (wanted("decode")) {
-    GatedDeltaRuleForward p = bench.forward(1);
-    p.initial_state = p.final_state;
-    cpu::recurrent_gated_delta_rule(p);
-    const Time time =
-        time_of(o.repeats > 1 ? 40 * o.repeats : 1, [&] { cpu::recurrent_gated_delta_rule(p); });
-    print_pass("decode step", o, dtype, time, 0, 8.0 * static_cast<double>(bench.state_size()));
-  }
-}
-
-/// What the level that holds `bytes` on each thread copies, and what it scales in place.
-void run_copy(const Options& o, int64_t bytes) {
-  const int64_t count = bytes / 4;
-  std::vector<std::unique_ptr<Memory>> memory;
-  for (int64_t i = 0; i < o.threads; ++i) {
-    memory.push_back(std::make_unique<Memory>(count, DType::f32));
-  }
-  const int64_t rounds = std::max<int64_t>(1, (int64_t{1} << 26) / bytes);
-  const double moved = static_cast<double>(bytes * rounds * o.threads) * 1e-9;
-  const Time copy = time_of(o.repeats, [&] {
-    pool_for(o.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        auto* data = static_cast<float*>(memory[static_cast<size_t>(i)]->data());
-        for (int64_t round = 0; round < rounds; ++round) {
-          std::memcpy(data, data + count / 2, static_cast<size_t>(bytes / 2));
-          asm volatile("" ::"r"(data) : "memory");
-        }
-      }
-    });
-  });
-  std::printf("| copy within %ld KiB a thread | %ld | %.3f | %.3f | %.0f GB/s |\n",
-              static_cast<long>(bytes >> 10), static_cast<long>(o.threads),
-              copy.median * 1e3 / static_cast<double>(rounds),
-              copy.least * 1e3 / static_cast<double>(rounds), moved / copy.median);
+  if (wanted("decode")) run_decode(o, dtype, bench);
 }
 
 }  // namespace
