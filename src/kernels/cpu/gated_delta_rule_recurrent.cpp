@@ -49,27 +49,25 @@ class Steps {
   Steps(int64_t K, double scale) : K_(K), scale_(static_cast<float>(scale)) {}
 
   HWY_INLINE void take(const Step<Element>& step) {
-    if (!waits_) {
-      pass<false, true, false>(step);
-    } else if (last_.S == step.S) {
-      pass<true, true, true>(step);
+    if (waits_) {
+      pass<true, true>(step);
     } else {
-      pass<true, true, false>(step);
+      pass<false, true>(step);
     }
     last_ = step;
     waits_ = true;
   }
   void flush() {
-    if (waits_) pass<true, false, false>(last_);
+    if (waits_) pass<true, false>(last_);
     waits_ = false;
   }
 
  private:
   using Vec = hn::Vec<F32>;
 
-  /// One pass over the rows: the update that waits, and the products of `next` with their outcome;
-  /// kSame: with the state that was just updated.
-  template <bool kUpdate, bool kProducts, bool kSame>
+  /// One pass over the rows: the update that waits, and the products of `next` with what they make
+  /// of it. On the same block the products read what the update has just stored.
+  template <bool kUpdate, bool kProducts>
   HWY_INLINE void pass(const Step<Element>& next) {
     const F32 d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
@@ -85,21 +83,19 @@ class Steps {
     }
     const Vec last_decay = hn::Set(d, kUpdate ? last.decay : 0.0F);
     for (int64_t i = 0; i < K; ++i) {
-      Vec s[kVectors];
       if constexpr (kUpdate) {
         const Vec ki = hn::Set(d, last.k[i]);
         for (int j = 0; j < kVectors; ++j) {
           Element* at = last.S + i * last.stride + j * lanes;
-          s[j] = hn::MulAdd(ki, u[j], hn::Mul(last_decay, LoadF32(d, at)));
-          StoreF32(d, s[j], at);
+          StoreF32(d, hn::MulAdd(ki, u[j], hn::Mul(last_decay, LoadF32(d, at))), at);
         }
       }
       if constexpr (kProducts) {
         const Vec ki = hn::Set(d, k[i]), qi = hn::Set(d, q[i]);
         for (int j = 0; j < kVectors; ++j) {
-          if constexpr (!kSame) s[j] = LoadF32(d, S + i * stride + j * lanes);
-          Sk[j] = hn::MulAdd(ki, s[j], Sk[j]);
-          Sq[j] = hn::MulAdd(qi, s[j], Sq[j]);
+          const Vec s = LoadF32(d, S + i * stride + j * lanes);
+          Sk[j] = hn::MulAdd(ki, s, Sk[j]);
+          Sq[j] = hn::MulAdd(qi, s, Sq[j]);
         }
       }
     }
