@@ -165,7 +165,7 @@ TEST(Simd, ActivationsMatchDoublePrecision) {
     std::vector<std::vector<float>> got(5, std::vector<float>(n));
     float* const y[] = {got[0].data(), got[1].data(), got[2].data(), got[3].data(), got[4].data()};
     HWY_DYNAMIC_DISPATCH(activations)(x.data(), y, static_cast<int64_t>(n));
-    // hn::Exp is good to 1 ulp (2^-23), hn::Log1p to 2; each further operation adds half an ulp.
+    // SafeExp is good to 1 ulp (2^-23), hn::Log1p to 2; each further operation adds half an ulp.
     // Below the smallest normal number only the absolute error is bounded. The derivative of silu
     // holds x * (1 - sigmoid): half an ulp of 1, times x, up to 17, where the sigmoid rounds to 1.
     const double ulp = std::ldexp(1.0, -23);

@@ -185,7 +185,7 @@ struct ChunkGates {
 /// exp(high + low), |low| tiny: rounding a large |x| to fp32 first would cost |x| 2^-24 of exp(x).
 template <class D>
 HWY_INLINE hn::Vec<D> exp_of_sum(D d, hn::Vec<D> high, hn::Vec<D> low) {
-  const auto e = hn::Exp(d, high);
+  const auto e = SafeExp(d, high);
   return hn::MulAdd(e, low, e);
 }
 
@@ -241,7 +241,7 @@ inline void decay_scores(const ChunkGates& gates, int64_t rows, float scale, con
                                         hn::Sub(low, hn::Load(d, gates.b_low + j)));
         const auto kept = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i + 1 - j)));
         const auto below = hn::FirstN(d, static_cast<size_t>(std::min(lanes, i - j)));
-        decay = hn::IfThenElseZero(kept, hn::Exp(d, hn::IfThenElseZero(kept, difference)));
+        decay = hn::IfThenElseZero(kept, SafeExp(d, difference));
         // Above the diagonal the scores may be undefined: masked, never multiplied by zero.
         g = hn::IfThenElseZero(below, hn::Mul(decay, hn::Load(d, kk.row(i) + j)));
         if (P.data != nullptr) {

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
 #include <gdn/kernels/cpu/element_type.h>
@@ -16,14 +17,36 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
 using F32 = hn::ScalableTag<float>;
+inline constexpr int64_t kMaxLanes = hn::MaxLanes(F32());
+
+/// Calls body(W) with the number of taps: for 4, which nearly every model has, a constant.
+template <typename Body>
+HWY_INLINE void with_taps(int64_t W, const Body& body) {
+  if (W == 4) {
+    body(std::integral_constant<int64_t, 4>());
+  } else {
+    body(W);
+  }
+}
+
+/// Calls body(i, rest) for every vector of channels [first, last). `rest` channels are left, a
+/// constant where they fill the vector, so that nothing asks.
+template <typename Body>
+HWY_INLINE void for_vectors(int64_t first, int64_t last, const Body& body) {
+  constexpr auto kWhole = std::integral_constant<int64_t, kMaxLanes>();
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  int64_t i = first;
+  for (; i + lanes <= last; i += lanes) body(i, kWhole);
+  if (i < last) body(i, last - i);
+}
 
 /// The sum before the activation, of the channels from i on. inputs: the W rows, oldest first.
 template <typename T>
-HWY_INLINE hn::Vec<F32> convolve(const Taps& taps, const void* const* inputs, int64_t i) {
+HWY_INLINE hn::Vec<F32> convolve(const Taps& taps, auto W, const void* const* inputs, int64_t i,
+                                 auto rest) {
   const F32 d;
-  const int64_t rest = taps.D - i;
   auto z = LoadF32(d, taps.bias.data() + i, rest);
-  for (int64_t w = 0; w < taps.W; ++w) {
+  for (int64_t w = 0; w < W; ++w) {
     const auto x = LoadF32(d, static_cast<const T*>(inputs[w]) + i, rest);
     z = hn::MulAdd(LoadF32(d, taps.weight.data() + w * taps.D + i, rest), x, z);
   }
@@ -31,20 +54,97 @@ HWY_INLINE hn::Vec<F32> convolve(const Taps& taps, const void* const* inputs, in
 }
 
 /// y of one block. inputs: the rows of tokens begin - W + 1 to end - 1.
+template <typename T>
+void convolve_tokens(const ShortConvolutionForward& p, const Taps& taps, auto W,
+                     const void* const* inputs, const TokenBlock& block) {
+  const F32 d;
+  for (int64_t t = block.begin; t < block.end; ++t, ++inputs) {
+    T* y = static_cast<T*>(token_row(p, p.y, block.n, t));
+    for_vectors(0, p.D, [&](int64_t i, auto rest) HWY_ATTR {
+      auto z = convolve<T>(taps, W, inputs, i, rest);
+      if (p.silu) z = Silu(d, z);
+      StoreF32(d, z, y + i, rest);
+    });
+  }
+}
+
 void convolve_block(const ShortConvolutionForward& p, const Taps& taps, const void* const* inputs,
                     const TokenBlock& block) {
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   with_element_type(p.dtype, [&]<typename T>(T*) HWY_ATTR {
-    for (int64_t t = block.begin; t < block.end; ++t, ++inputs) {
-      T* y = static_cast<T*>(token_row(p, p.y, block.n, t));
-      for (int64_t i = 0; i < p.D; i += lanes) {
-        auto z = convolve<T>(taps, inputs, i);
-        if (p.silu) z = Silu(d, z);
-        StoreF32(d, z, y + i, p.D - i);
-      }
-    }
+    with_taps(p.W, [&](auto W) HWY_ATTR { convolve_tokens<T>(p, taps, W, inputs, block); });
   });
+}
+
+/// d_z of the block and of the W - 1 tokens after it, which its last inputs reach, and the sums of
+/// d_weight. The tokens of a vector of channels follow each other, so that its sums stay in
+/// registers.
+template <typename T>
+void convolve_backward_outputs(const ShortConvolutionBackward& p, const Taps& taps, auto W,
+                               const void* const* inputs, const TokenBlock& block, int64_t first,
+                               int64_t last, const ConvolutionGradients& gradients) {
+  const F32 d;
+  const int64_t tokens = block.end - block.begin;
+  const int64_t seen = std::min(tokens + W - 1, sequence_span(p, block.n).length - block.begin);
+  for_vectors(first, last, [&](int64_t i, auto rest) HWY_ATTR {
+    hn::Vec<F32> sum[kMaxTaps + 1];
+    for (int64_t w = 0; w <= W; ++w) sum[w] = LoadF32(d, gradients.d_weight + w * p.D + i, rest);
+    for (int64_t t = 0; t < tokens + W - 1; ++t) {
+      auto e = hn::Zero(d);
+      if (t < seen) {
+        const T* d_y = static_cast<const T*>(token_row(p, p.d_y, block.n, block.begin + t));
+        e = LoadF32(d, d_y + i, rest);
+        if (p.silu) {
+          const auto z = convolve<T>(taps, W, inputs + t, i, rest);
+          e = hn::Mul(e, SiluGradient(d, z, Sigmoid(d, z)));
+        }
+      }
+      StoreF32(d, e, gradients.d_z + t * gradients.d_z_stride + i - first, rest);
+      if (t >= tokens) continue;
+      for (int64_t w = 0; w < W; ++w) {
+        const auto x = LoadF32(d, static_cast<const T*>(inputs[t + w]) + i, rest);
+        sum[w] = hn::MulAdd(e, x, sum[w]);
+      }
+      sum[W] = hn::Add(e, sum[W]);
+    }
+    for (int64_t w = 0; w <= W; ++w) StoreF32(d, sum[w], gradients.d_weight + w * p.D + i, rest);
+  });
+}
+
+/// d_x, and the gradients of the initial state, from d_z. Input e is token e - (W - 1); token t
+/// takes inputs t to t + W - 1. The first W - 1 inputs are the initial state, the last W - 1 the
+/// final state.
+template <typename T>
+void convolve_backward_inputs(const ShortConvolutionBackward& p, const Taps& taps, auto W,
+                              const TokenBlock& block, int64_t first, int64_t last,
+                              const ConvolutionGradients& gradients) {
+  const F32 d;
+  const int64_t length = sequence_span(p, block.n).length;
+  const int64_t history = block.begin == 0 && gradients.d_history != nullptr ? 0 : W - 1;
+  for (int64_t e = block.begin + history; e < block.end + W - 1; ++e) {
+    const float* d_z = gradients.d_z + (e - block.begin) * gradients.d_z_stride;
+    const auto of_channels = [&](int64_t i, auto rest, auto reached) HWY_ATTR {
+      auto d_input = hn::Zero(d);
+      if (gradients.d_final != nullptr && e >= length) {
+        d_input = LoadF32(d, gradients.d_final + (e - length) * p.D + i, rest);
+      }
+      for (int64_t w = 0; w < reached; ++w) {
+        const auto weight = LoadF32(d, taps.weight.data() + w * p.D + i, rest);
+        const float* row = d_z - w * gradients.d_z_stride - first;
+        d_input = hn::MulAdd(weight, LoadF32(d, row + i, rest), d_input);
+      }
+      if (e < W - 1) {
+        StoreF32(d, d_input, gradients.d_history + e * p.D + i, rest);
+      } else {
+        T* d_x = static_cast<T*>(token_row(p, p.d_x, block.n, e - (W - 1)));
+        StoreF32(d, d_input, d_x + i, rest);
+      }
+    };
+    const int64_t tokens = e - block.begin + 1;  // of the block that the input reaches
+    for_vectors(first, last, [&](int64_t i, auto rest) HWY_ATTR {
+      if (tokens < W) return of_channels(i, rest, tokens);
+      of_channels(i, rest, W);
+    });
+  }
 }
 
 /// Channels [first, last) of one block. inputs: the rows of tokens begin - W + 1 to end + W - 2, as
@@ -52,62 +152,11 @@ void convolve_block(const ShortConvolutionForward& p, const Taps& taps, const vo
 void convolve_backward_block(const ShortConvolutionBackward& p, const Taps& taps,
                              const void* const* inputs, const TokenBlock& block, int64_t first,
                              int64_t last, const ConvolutionGradients& gradients) {
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  const int64_t length = sequence_span(p, block.n).length;
-  const int64_t width = last - first;
   with_element_type(p.dtype, [&]<typename T>(T*) HWY_ATTR {
-    // d_z of the block and of the W - 1 tokens after it, which its last inputs reach.
-    for (int64_t t = block.begin; t < block.end + p.W - 1; ++t) {
-      float* d_z = gradients.d_z + (t - block.begin) * width - first;
-      if (t >= length) {
-        std::fill(d_z + first, d_z + last, 0.0F);
-        continue;
-      }
-      const void* const* taken = inputs + (t - block.begin);
-      const T* d_y = static_cast<const T*>(token_row(p, p.d_y, block.n, t));
-      for (int64_t i = first; i < last; i += lanes) {
-        const int64_t rest = last - i;
-        auto e = LoadF32(d, d_y + i, rest);
-        if (p.silu) {
-          const auto z = convolve<T>(taps, taken, i);
-          e = hn::Mul(e, SiluGradient(d, z, Sigmoid(d, z)));
-        }
-        StoreF32(d, e, d_z + i, rest);
-        if (t >= block.end) continue;
-        for (int64_t w = 0; w < p.W; ++w) {
-          float* sum = gradients.d_weight + w * p.D + i;
-          const auto x = LoadF32(d, static_cast<const T*>(taken[w]) + i, rest);
-          StoreF32(d, hn::MulAdd(e, x, LoadF32(d, sum, rest)), sum, rest);
-        }
-        float* sum = gradients.d_weight + p.W * p.D + i;
-        StoreF32(d, hn::Add(e, LoadF32(d, sum, rest)), sum, rest);
-      }
-    }
-
-    // Input e is token e - (W - 1); token t takes inputs t to t + W - 1. The first W - 1 inputs are
-    // the initial state, the last W - 1 the final state.
-    const int64_t history = block.begin == 0 && gradients.d_history != nullptr ? 0 : p.W - 1;
-    for (int64_t e = block.begin + history; e < block.end + p.W - 1; ++e) {
-      for (int64_t i = first; i < last; i += lanes) {
-        const int64_t rest = last - i;
-        auto d_input = hn::Zero(d);
-        if (gradients.d_final != nullptr && e >= length) {
-          d_input = LoadF32(d, gradients.d_final + (e - length) * p.D + i, rest);
-        }
-        for (int64_t w = 0; w <= std::min(e - block.begin, p.W - 1); ++w) {
-          const float* d_z = gradients.d_z + (e - w - block.begin) * width - first;
-          const auto weight = LoadF32(d, taps.weight.data() + w * p.D + i, rest);
-          d_input = hn::MulAdd(weight, LoadF32(d, d_z + i, rest), d_input);
-        }
-        if (e < p.W - 1) {
-          StoreF32(d, d_input, gradients.d_history + e * p.D + i, rest);
-        } else {
-          T* d_x = static_cast<T*>(token_row(p, p.d_x, block.n, e - (p.W - 1)));
-          StoreF32(d, d_input, d_x + i, rest);
-        }
-      }
-    }
+    with_taps(p.W, [&](auto W) HWY_ATTR {
+      convolve_backward_outputs<T>(p, taps, W, inputs, block, first, last, gradients);
+      convolve_backward_inputs<T>(p, taps, W, block, first, last, gradients);
+    });
   });
 }
 
@@ -137,6 +186,7 @@ constexpr int64_t kForwardTokens = 64;
 // channels are 32 KiB, of which one token's and its neighbours' rows are in use at a time.
 constexpr int64_t kBackwardTokens = 32;
 constexpr int64_t kBackwardChannels = 256;
+constexpr int64_t kBackwardStride = kBackwardChannels + 16;  // an odd number of cache lines
 // Partial sums of d_weight: enough for many cores, few enough to add up at no cost.
 constexpr int64_t kMaxGroups = 32;
 
@@ -212,7 +262,7 @@ void short_convolution_backward(const ShortConvolutionBackward& p) {
   const int64_t sums = (p.W + 1) * p.D;  // d_weight [W, D], d_bias [D]
   std::vector<float> partials(groups * sums, 0.0F);
   p.parallel_for(groups * chunks, [&](int64_t begin, int64_t end) {
-    std::vector<float> d_z((kBackwardTokens + p.W - 1) * std::min(p.D, kBackwardChannels));
+    std::vector<float> d_z((kBackwardTokens + p.W - 1) * kBackwardStride);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / chunks;
       const int64_t first = task % chunks * kBackwardChannels;
@@ -226,7 +276,8 @@ void short_convolution_backward(const ShortConvolutionBackward& p) {
             .d_final = d_final.empty() ? nullptr : d_final.data() + n * state_elements,
             .d_history = d_history.empty() ? nullptr : d_history.data() + n * state_elements,
             .d_weight = partials.data() + group * sums,
-            .d_z = d_z.data()};
+            .d_z = d_z.data(),
+            .d_z_stride = kBackwardStride};
         HWY_DYNAMIC_DISPATCH(convolve_backward_block)
         (p, taps, inputs, blocks[i], first, last, gradients);
       }

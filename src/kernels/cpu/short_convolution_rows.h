@@ -42,7 +42,8 @@ struct ConvolutionGradients {
   const float* d_final;  // [W - 1, D] of the sequence, or null
   float* d_history;      // [W - 1, D] of the sequence, or null
   float* d_weight;       // [W + 1, D] sums; the last row is the bias's
-  float* d_z;            // scratch: [tokens + W - 1, channels]
+  float* d_z;            // scratch: [tokens + W - 1, channels], rows d_z_stride apart
+  int64_t d_z_stride;
 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
