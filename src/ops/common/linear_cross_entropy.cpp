@@ -120,7 +120,7 @@ Gradients gradients(const at::Tensor& row_weights, const at::Tensor& hidden,
   const at::Tensor d_loss = row_weights.to(loss.scalar_type()).contiguous();
   const at::Tensor log_sum_exp = at::empty_like(loss);
   const at::Tensor rows_weight = weight.to(hidden.scalar_type());
-  at::Tensor d_weight_sum = at::zeros(weight.sizes(), loss.options());
+  at::Tensor d_weight_sum;
   for_logits(hidden, rows_weight, target.contiguous(), rows_per_block,
              [&](const at::Tensor& logits, const at::Tensor& targets, int64_t begin, int64_t rows) {
                const at::Tensor totals = log_sum_exp.narrow(0, begin, rows);
@@ -132,9 +132,14 @@ Gradients gradients(const at::Tensor& row_weights, const at::Tensor& hidden,
                at::Tensor d_rows = d_hidden.narrow(0, begin, rows);
                matrix_product_out(d_rows, d_logits, rows_weight);
                const at::Tensor block = hidden.narrow(0, begin, rows);
-               add_matrix_product(d_weight_sum, d_logits.t(), block);
+               if (d_weight_sum.defined()) {
+                 add_matrix_product(d_weight_sum, d_logits.t(), block);
+               } else {
+                 d_weight_sum = matrix_product(d_logits.t(), block).to(loss.scalar_type());
+               }
              });
-  d_weight = d_weight_sum.to(weight.scalar_type());
+  d_weight =
+      d_weight_sum.defined() ? d_weight_sum.to(weight.scalar_type()) : at::zeros_like(weight);
   return results;
 }
 
