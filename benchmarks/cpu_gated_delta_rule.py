@@ -2,7 +2,8 @@
 """The gated delta rule on the CPU, beside the PyTorch code that transformers falls back to.
 
 Checks our results first, then times both in turns within one run, and prints medians, spread and
-ratios. Shape: B 1, T 2048, H/HV 16/32, K = V = 128 unless given.
+ratios; then the forward beside onnxruntime and mlx-lm, where they are installed. Shape: B 1,
+T 2048, H/HV 16/32, K = V = 128 unless given.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import platform
 import sys
 
 import torch
+from support import cpu_peers
 from support.timing import print_header, report
 
 
@@ -54,19 +56,18 @@ def relative_error(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def check(name, inputs, state, run_ours, run_theirs):
-    """Stops unless our error against fp64 is at most twice theirs."""
+def check(name, inputs, state, run_ours, others):
+    """Stops unless our error against fp64 is at most twice that of each other."""
     # Our reference in fp64: transformers' functions compute in fp32 whatever they are given.
     recurrent = torch.ops.gdn.fused_recurrent_gated_delta_rule
     exact = ours(recurrent, [x.double() for x in inputs], state.double())
-    mine, other = run_ours(), run_theirs()
-    for part, a, b, want in zip(("output", "state"), mine, other, exact):
-        ours_error, their_error = relative_error(a, want), relative_error(b, want)
-        print(
-            f"  {name} {part}: error against fp64 {ours_error:.1e} (transformers {their_error:.1e})"
-        )
-        if not ours_error <= 2 * their_error + 1e-7:
-            sys.exit(f"wrong result: {name} {part}")
+    mine = run_ours()
+    for other, run in others.items():
+        for part, a, b, want in zip(("output", "state"), mine, run(), exact):
+            our_error, error = relative_error(a, want), relative_error(b, want)
+            print(f"  {name} {part}: error against fp64 {our_error:.1e} ({other} {error:.1e})")
+            if not our_error <= 2 * error + 1e-7:
+                sys.exit(f"wrong result: {name} {part}")
 
 
 def training_step(function, inputs, state, gradients):
@@ -109,7 +110,7 @@ def main():
             inputs,
             state,
             lambda: ours(chunk, inputs, state),
-            lambda: theirs(their_chunk, inputs, state),
+            {"transformers": lambda: theirs(their_chunk, inputs, state)},
         )
         print_header("transformers")
         with torch.no_grad():
@@ -140,6 +141,19 @@ def main():
                 ],
                 50 * args.repeats,
             )
+    compare_peers(args, chunk, recurrent)
+
+
+def compare_peers(args, chunk, recurrent):
+    """The forward and the decode step in fp32 beside what else is installed."""
+    for name, op, tokens in (("forward", chunk, args.tokens), ("decode step", recurrent, 1)):
+        inputs, state = make_inputs(args, torch.float32, tokens)
+        peers = cpu_peers.forwards(inputs, state, args.threads)
+        if not peers:
+            return
+        check(f"float32 {name}", inputs, state, lambda: ours(op, inputs, state), peers)
+        print_header(*peers)
+        report(f"float32 {name}", [lambda: ours(op, inputs, state), *peers.values()], args.repeats)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,19 @@ def time_in_turns(functions, repeats):
     return [(statistics.median(t), min(t), max(t)) for t in times]
 
 
-def print_header(other):
-    print(f"| case | ours, ms: median (range) | {other} | ratio |\n| --- | --- | --- | --- |")
+def print_header(*others):
+    columns = "".join(f" {other} | times ours |" for other in others)
+    print(
+        f"| case | ours, ms: median (range) |{columns}\n| --- | --- |"
+        + " --- | --- |" * len(others)
+    )
 
 
 def report(name, functions, repeats):
-    """Prints the row of a case: `functions` are ours and the other one."""
-    (ours, low, high), (other, other_low, other_high) = time_in_turns(functions, repeats)
-    print(
-        f"| {name} | {ours:.3f} ({low:.3f} to {high:.3f}) | "
-        f"{other:.3f} ({other_low:.3f} to {other_high:.3f}) | {other / ours:.1f} |",
-        flush=True,
-    )
+    """Prints the row of a case: `functions` are ours and then the others."""
+    times = time_in_turns(functions, repeats)
+    cells = [f"{median:.3f} ({low:.3f} to {high:.3f})" for median, low, high in times]
+    row = [name, cells[0]]
+    for cell, (median, _, _) in zip(cells[1:], times[1:]):
+        row += [cell, f"{median / times[0][0]:.1f}"]
+    print(f"| {' | '.join(row)} |", flush=True)

@@ -152,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   at::Tensor segment_states = at::empty({0}, v.options().dtype(at::kFloat));
   p.o = mutable_view(o);
   if (output_final_state) {
-    final_state = at::empty_symint(state_sizes(a), inputs.gate_options());
+    final_state = empty_result(state_sizes(a), inputs.gate_options());
     p.final_state = final_state.mutable_data_ptr();
   }
   if (save_segment_states && keeps_segment_states(q.scalar_type())) {
@@ -208,8 +208,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor d_v = empty_result(v.sym_sizes(), v.options());
   const at::Tensor d_g = at::empty(g.sizes(), g.options());
   const at::Tensor d_beta = at::empty(beta.sizes(), beta.options());
-  const at::Tensor d_initial_state =
-      initial_state ? at::empty(initial_state->sizes(), g.options()) : at::empty({0}, g.options());
+  const at::Tensor d_initial_state = initial_state
+                                         ? empty_result(initial_state->sym_sizes(), g.options())
+                                         : at::empty({0}, g.options());
   p.d_q = mutable_view(d_q);
   p.d_k = mutable_view(d_k);
   p.d_v = mutable_view(d_v);
