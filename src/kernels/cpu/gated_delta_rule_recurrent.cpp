@@ -32,13 +32,14 @@ inline constexpr int kColumnVectors = 4;
 /// One token on one block of columns.
 template <typename Element>
 struct Step {
-  Element* S;          // row 0, at the block's first column
-  int64_t stride;      // between rows of S, in elements
-  const float *q, *k;  // [K]
-  const float* v;      // at the block's first column
-  float* o;            // likewise
-  float decay;         // exp(g)
-  float beta, kq;      // kq = k . q
+  const Element* from;  // the state before, at row 0 and the block's first column
+  Element* S;           // the state behind, likewise; it may be the same memory
+  int64_t stride;       // between rows of both, in elements
+  const float *q, *k;   // [K]
+  const float* v;       // at the block's first column
+  float* o;             // likewise
+  float decay;          // exp(g)
+  float beta, kq;       // kq = k . q
 };
 
 /// Steps on blocks of kVectors vectors of columns, one after another. The last one's update of the
@@ -74,7 +75,7 @@ class Steps {
     // Copies: vector stores may alias what is in memory.
     const Step<Element> last = last_;
     const int64_t K = K_, stride = next.stride;
-    Element* const S = next.S;
+    const Element* const from = next.from;
     const float *const q = next.q, *const k = next.k;
     Vec u[kVectors], Sk[kVectors], Sq[kVectors];
     for (int j = 0; j < kVectors; ++j) {
@@ -86,14 +87,15 @@ class Steps {
       if constexpr (kUpdate) {
         const Vec ki = hn::Set(d, last.k[i]);
         for (int j = 0; j < kVectors; ++j) {
-          Element* at = last.S + i * last.stride + j * lanes;
-          StoreF32(d, hn::MulAdd(ki, u[j], hn::Mul(last_decay, LoadF32(d, at))), at);
+          const int64_t at = i * last.stride + j * lanes;
+          const Vec s = hn::Mul(last_decay, LoadF32(d, last.from + at));
+          StoreF32(d, hn::MulAdd(ki, u[j], s), last.S + at);
         }
       }
       if constexpr (kProducts) {
         const Vec ki = hn::Set(d, k[i]), qi = hn::Set(d, q[i]);
         for (int j = 0; j < kVectors; ++j) {
-          const Vec s = LoadF32(d, S + i * stride + j * lanes);
+          const Vec s = LoadF32(d, from + i * stride + j * lanes);
           Sk[j] = hn::MulAdd(ki, s, Sk[j]);
           Sq[j] = hn::MulAdd(qi, s, Sq[j]);
         }
@@ -156,8 +158,7 @@ struct RecurrentWorkspace {
 /// Where the final state's memory can serve as the state at hand, it is not copied to and fro.
 template <typename Kept>
 bool works_in_place(const GatedDeltaRuleForward& p) {
-  const bool rounded_once = std::is_same_v<Kept, float> || (p.cu_seqlens == nullptr && p.T == 1 &&
-                                                            p.initial_state == p.final_state);
+  const bool rounded_once = std::is_same_v<Kept, float> || (p.cu_seqlens == nullptr && p.T == 1);
   return p.final_state != nullptr && !p.state_v_first && p.V % kTileAlign == 0 && rounded_once;
 }
 
@@ -198,12 +199,12 @@ inline void load_keys(const GatedDeltaRuleForward& p, int64_t b, int64_t t, int6
   }
 }
 
-/// The tokens of one sequence and value head; S, with rows `stride` apart, holds the state before,
-/// and after w.blocks.flush() and w.rest.flush() the state behind them. `same_keys`: the keys at
-/// hand are those of this sequence and key head, if one block holds them all.
+/// The tokens of one sequence and value head, from the state `from`; after w.blocks.flush() and
+/// w.rest.flush(), S holds the state behind them. Rows of both are `stride` apart. `same_keys`: the
+/// keys at hand are those of this sequence and key head, if one block holds them all.
 template <typename Element>
 void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h, bool same_keys,
-                  Element* S, int64_t stride, RecurrentWorkspace<Element>& w) {
+                  const Element* from, Element* S, int64_t stride, RecurrentWorkspace<Element>& w) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
   float decay[kTokenBlock], beta[kTokenBlock];
   for (int64_t done = 0; done < seq.tokens; done += kTokenBlock) {
@@ -222,8 +223,9 @@ void recur_tokens(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t h
     }
     const auto take = [&](auto& steps, int64_t column) HWY_ATTR {
       for (int64_t i = 0; i < tokens; ++i) {
-        steps.take({S + column, stride, keys.q.row(i), keys.k.row(i), w.v.row(i) + column,
-                    w.o.row(i) + column, decay[i], beta[i], keys.kq[i]});
+        const Element* const before = done + i == 0 ? from : S;
+        steps.take({before + column, S + column, stride, keys.q.row(i), keys.k.row(i),
+                    w.v.row(i) + column, w.o.row(i) + column, decay[i], beta[i], keys.kq[i]});
       }
     };
     const int64_t block = kColumnVectors * lanes;
@@ -240,14 +242,15 @@ void recur_in_place(const GatedDeltaRuleForward& p, int64_t n, int64_t h, bool s
                     RecurrentWorkspace<Element>& w) {
   const int64_t offset = (n * p.HV + h) * p.K * p.V;
   Element* const S = static_cast<Element*>(p.final_state) + offset;
-  if constexpr (std::is_same_v<Element, float>) {
-    if (p.initial_state != p.final_state) {
-      const auto* initial = static_cast<const float*>(p.initial_state);
-      load_state(initial == nullptr ? nullptr : initial + offset, p.K, p.V, /*v_first=*/false,
-                 Tile{S, p.V});
-    }
+  const Element* from = S;
+  const Sequence seq = sequence(p, n);
+  if (p.initial_state == nullptr) {
+    std::fill_n(S, p.K * p.V, Element{});
+  } else {
+    from = static_cast<const Element*>(p.initial_state) + offset;
+    if (seq.tokens == 0 && from != S) std::copy_n(from, p.K * p.V, S);
   }
-  recur_tokens(p, sequence(p, n), h, same_keys, S, p.V, w);
+  recur_tokens(p, seq, h, same_keys, from, S, p.V, w);
 }
 
 /// One sequence and value head, on a copy of the state, which is kept as `Kept`.
@@ -257,7 +260,7 @@ void recur_on_copy(const GatedDeltaRuleForward& p, int64_t n, int64_t h, bool sa
   const int64_t offset = (n * p.HV + h) * p.K * p.V;
   const auto* initial = static_cast<const Kept*>(p.initial_state);
   load_state(initial == nullptr ? nullptr : initial + offset, p.K, p.V, p.state_v_first, w.S);
-  recur_tokens(p, sequence(p, n), h, same_keys, w.S.data, w.S.stride, w);
+  recur_tokens<float>(p, sequence(p, n), h, same_keys, w.S.data, w.S.data, w.S.stride, w);
   w.blocks.flush();
   w.rest.flush();
   if (p.final_state != nullptr) {
