@@ -12,6 +12,7 @@
 
 #include <gtest/gtest.h>
 
+#include <gdn/kernels/cpu/column_slices.h>
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
 
@@ -35,6 +36,13 @@ void two_uneven_ranges(int64_t count, kernels::FunctionRef<void(int64_t, int64_t
 void forward_for_many_threads(const kernels::GatedDeltaRuleForward& problem) {
   kernels::GatedDeltaRuleForward p = problem;
   p.threads = p.N * p.HV;
+  cpu::chunk_gated_delta_rule(p);
+}
+
+/// More threads than value heads, so that each is cut into slices of its columns.
+void forward_by_slices(const kernels::GatedDeltaRuleForward& problem) {
+  kernels::GatedDeltaRuleForward p = problem;
+  p.threads = 16 * p.N * p.HV;
   cpu::chunk_gated_delta_rule(p);
 }
 
@@ -200,6 +208,49 @@ TEST(GatedDeltaRuleSimd, TheSameBitsOnEveryRunAndForEveryPartition) {
   EXPECT_EQ(results(two_uneven_ranges), one);
   EXPECT_EQ(results(backwards_on_two_threads), one);
   EXPECT_EQ(run(c, inputs, forward_for_many_threads, cpu::chunk_gated_delta_rule_backward), one);
+}
+
+TEST(GatedDeltaRuleSimd, SlicesOfColumnsChangeNoBit) {
+  for (const int64_t V : {64, 100, 200}) {
+    for (const bool packed : {false, true}) {
+      Case c{.B = packed ? 1 : 2,
+             .T = kernels::kSegmentTokens + 90,  // segment states as well
+             .H = 1,
+             .HV = 2,
+             .K = 20,
+             .V = V,
+             .chunk_size = 64,
+             .dtype = packed ? DType::bf16 : DType::f32,
+             .qk_l2norm = true};
+      c.states = true;
+      c.state_v_first = packed;
+      if (packed) c.cu_seqlens = {0, 3, 3, c.T - 5, c.T};
+      const GatedDeltaRuleInputs inputs = random_inputs(c);
+      const auto backward = cpu::chunk_gated_delta_rule_backward;
+      EXPECT_EQ(run(c, inputs, forward_by_slices, backward),
+                run(c, inputs, cpu::chunk_gated_delta_rule, backward))
+          << "V " << V << ", packed " << packed;
+    }
+  }
+}
+
+TEST(ColumnSlices, AreAsManyAsEndSoonest) {
+  EXPECT_EQ(cpu::column_slices(/*tasks=*/32, /*V=*/128, /*threads=*/2), 1);
+  EXPECT_EQ(cpu::column_slices(16, 128, 16), 1);
+  EXPECT_EQ(cpu::column_slices(2, 128, 16), 4);
+  EXPECT_EQ(cpu::column_slices(20, 128, 16), 2);
+  EXPECT_EQ(cpu::column_slices(1, 16, 16), 1);
+  for (const int64_t V : {1, 31, 64, 100, 256}) {
+    const int64_t slices = cpu::column_slices(1, V, 64);
+    int64_t next = 0;
+    for (int64_t i = 0; i < slices; ++i) {
+      const cpu::Columns columns = cpu::column_slice(V, slices, i);
+      EXPECT_EQ(columns.first, next) << "V " << V;
+      EXPECT_GT(columns.count, 0) << "V " << V;
+      next += columns.count;
+    }
+    EXPECT_EQ(next, V);
+  }
 }
 
 }  // namespace

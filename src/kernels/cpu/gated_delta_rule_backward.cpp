@@ -371,7 +371,7 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
   const auto* d_final = static_cast<const float*>(p.d_final_state);
   for (int64_t i = 0; i < group; ++i) {
     const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
-    load_state(d_final == nullptr ? nullptr : d_final + offset, p.K, p.V, p.state_v_first,
+    load_state(d_final == nullptr ? nullptr : d_final + offset, p.K, p.V, p.state_v_first, {0, p.V},
                w.d_S[i]);
   }
 
@@ -383,7 +383,8 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = key_head * group + i;
       const int64_t state_index = (first_segment(p, n) + segment) * p.HV + h;
-      load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, w.S[0]);
+      load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, {0, p.V},
+                 w.S[0]);
       for (size_t c = 0; c < chunks.size(); ++c) {
         if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.shared[c], w);
         if (c + 1 < chunks.size()) look_ahead(p, chunks[c + 1], h, w.ahead);
@@ -400,7 +401,7 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
   auto* d_initial = static_cast<float*>(p.d_initial_state);
   for (int64_t i = 0; d_initial != nullptr && i < group; ++i) {
     const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
-    store_state(w.d_S[i], p.K, p.V, p.state_v_first, d_initial + offset);
+    store_state(w.d_S[i], p.K, p.V, p.state_v_first, {0, p.V}, d_initial + offset);
   }
 }
 

@@ -8,8 +8,8 @@
 //   S' = exp(b_C) S + K^T diag(exp(b_C - b)) U
 //
 // The triangular system is solved, not inverted: by blocks of rows, so that nearly all of its
-// arithmetic is in the matrix micro-kernel. Work is spread over sequences and groups of value heads
-// that share a key head's scores.
+// arithmetic is in the matrix micro-kernel. Work is spread over sequences, groups of value heads
+// that share a key head's scores, and, where these are fewer than threads, slices of V's columns.
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
@@ -24,7 +24,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace gdn::kernels::cpu::HWY_NAMESPACE {
 
-/// Buffers of one task: some value heads of one key head.
+/// Buffers of one task: some value heads of one key head, V columns of each.
 struct ForwardWorkspace {
   Workspace memory;
   StateTiles tiles;
@@ -91,9 +91,14 @@ void look_ahead(const GatedDeltaRuleForward& p, const Sequence& seq, int64_t don
   add_tokens(ahead, p.o, p.dtype, seq.b, t, h, tokens, p.V);
 }
 
-/// Value heads [first_head, first_head + w.S.size()) of sequence n, all of one key head.
+/// `columns` of value heads [first_head, first_head + w.S.size()) of sequence n, all of one key
+/// head.
 void forward_heads(const GatedDeltaRuleForward& p, int64_t n, int64_t first_head,
-                   ForwardWorkspace& w) {
+                   const Columns& columns, ForwardWorkspace& w) {
+  GatedDeltaRuleForward slice = p;  // as if these were all columns, but for the states
+  slice.V = columns.count;
+  slice.v = columns_from(p.v, p.dtype, columns.first);
+  slice.o = columns_from(p.o, p.dtype, columns.first);
   const Sequence seq = sequence(p, n);
   const int64_t key_head = first_head / (p.HV / p.H), state_size = p.K * p.V;
   const int64_t first_state = (n * p.HV + first_head) * state_size;
@@ -101,7 +106,7 @@ void forward_heads(const GatedDeltaRuleForward& p, int64_t n, int64_t first_head
   const auto heads = static_cast<int64_t>(w.S.size());
   for (int64_t i = 0; i < heads; ++i) {
     load_state(initial == nullptr ? nullptr : initial + first_state + i * state_size, p.K, p.V,
-               p.state_v_first, w.S[i]);
+               p.state_v_first, columns, w.S[i]);
   }
   HWY_ALIGN float rstd[kMaxChunk];
   for (int64_t done = 0; done < seq.tokens; done += p.chunk_size) {
@@ -118,25 +123,29 @@ void forward_heads(const GatedDeltaRuleForward& p, int64_t n, int64_t first_head
     for (int64_t i = 0; i < heads; ++i) {
       if (p.segment_states != nullptr && done % kSegmentTokens == 0) {
         const int64_t segment = first_segment(p, n) + done / kSegmentTokens;
-        store_state(w.S[i], p.K, p.V, /*v_first=*/false,
+        store_state(w.S[i], p.K, p.V, /*v_first=*/false, columns,
                     p.segment_states + (segment * p.HV + first_head + i) * state_size);
       }
-      look_ahead(p, seq, done, first_head + i, /*keys=*/i == 0, w.ahead);
-      forward_chunk(p, seq, t, tokens, first_head + i, w.S[i], w);
+      look_ahead(slice, seq, done, first_head + i, /*keys=*/i == 0, w.ahead);
+      forward_chunk(slice, seq, t, tokens, first_head + i, w.S[i], w);
     }
   }
   for (int64_t i = 0; p.final_state != nullptr && i < heads; ++i) {
-    store_state(w.S[i], p.K, p.V, p.state_v_first,
+    store_state(w.S[i], p.K, p.V, p.state_v_first, columns,
                 static_cast<float*>(p.final_state) + first_state + i * state_size);
   }
 }
 
 void chunk_forward(const GatedDeltaRuleForward& p) {
-  const int64_t heads = heads_per_task(p), tasks = p.HV / heads;
-  p.parallel_for(p.N * tasks, [&](int64_t begin, int64_t end) {
-    ForwardWorkspace workspace(p.chunk_size, p.K, p.V, heads);
+  const int64_t heads = heads_per_task(p), tasks = p.N * p.HV / heads;
+  const int64_t slices = column_slices(tasks, p.V, p.threads);
+  const int64_t widest = column_slice(p.V, slices, slices - 1).count;
+  p.parallel_for(tasks * slices, [&](int64_t begin, int64_t end) {
+    ForwardWorkspace workspace(p.chunk_size, p.K, padded(widest), heads);
     for (int64_t i = begin; i < end; ++i) {
-      forward_heads(p, i / tasks, i % tasks * heads, workspace);
+      const int64_t first_head = i / slices * heads;  // over all sequences
+      forward_heads(p, first_head / p.HV, first_head % p.HV, column_slice(p.V, slices, i % slices),
+                    workspace);
     }
   });
 }

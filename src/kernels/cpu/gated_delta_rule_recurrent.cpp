@@ -163,7 +163,7 @@ bool works_in_place(const GatedDeltaRuleForward& p) {
 }
 
 void load_state(const hwy::bfloat16_t* from, int64_t K, int64_t V, bool v_first,
-                const Tile& state) {
+                const Columns& /*all*/, const Tile& state) {
   for (int64_t i = 0; i < K; ++i) {
     if (from == nullptr) {
       std::fill_n(state.row(i), V, 0.0F);
@@ -175,7 +175,8 @@ void load_state(const hwy::bfloat16_t* from, int64_t K, int64_t V, bool v_first,
   }
 }
 
-void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, hwy::bfloat16_t* to) {
+void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, const Columns& /*all*/,
+                 hwy::bfloat16_t* to) {
   for (int64_t i = 0; i < K; ++i) {
     if (v_first) {
       for (int64_t j = 0; j < V; ++j) ConvertElements(state.row(i) + j, to + j * K + i, 1);
@@ -259,12 +260,14 @@ void recur_on_copy(const GatedDeltaRuleForward& p, int64_t n, int64_t h, bool sa
                    RecurrentWorkspace<float>& w) {
   const int64_t offset = (n * p.HV + h) * p.K * p.V;
   const auto* initial = static_cast<const Kept*>(p.initial_state);
-  load_state(initial == nullptr ? nullptr : initial + offset, p.K, p.V, p.state_v_first, w.S);
+  load_state(initial == nullptr ? nullptr : initial + offset, p.K, p.V, p.state_v_first, {0, p.V},
+             w.S);
   recur_tokens<float>(p, sequence(p, n), h, same_keys, w.S.data, w.S.data, w.S.stride, w);
   w.blocks.flush();
   w.rest.flush();
   if (p.final_state != nullptr) {
-    store_state(w.S, p.K, p.V, p.state_v_first, static_cast<Kept*>(p.final_state) + offset);
+    store_state(w.S, p.K, p.V, p.state_v_first, {0, p.V},
+                static_cast<Kept*>(p.final_state) + offset);
   }
 }
 

@@ -19,6 +19,7 @@
 #include <hwy/aligned_allocator.h>
 #include <hwy/contrib/math/math-inl.h>
 
+#include <gdn/kernels/cpu/column_slices.h>
 #include <gdn/kernels/cpu/element_type.h>
 #include <gdn/kernels/cpu/matmul-inl.h>
 #include <gdn/kernels/cpu/simd-inl.h>
@@ -147,27 +148,48 @@ inline void l2_normalize(const Tile& x, int64_t rows, int64_t columns, float* rs
   }
 }
 
-/// State [K, V], or [V, K] when v_first, from memory to a tile [K, V]; null: zeros.
-inline void load_state(const float* from, int64_t K, int64_t V, bool v_first, const Tile& state) {
+/// Columns of a state [K, V], or [V, K] when v_first, from memory to a tile [K, columns.count];
+/// null: zeros.
+inline void load_state(const float* from, int64_t K, int64_t V, bool v_first,
+                       const Columns& columns, const Tile& state) {
+  const auto bytes = static_cast<size_t>(columns.count) * sizeof(float);
   for (int64_t i = 0; i < K; ++i) {
     if (from == nullptr) {
-      std::memset(state.row(i), 0, static_cast<size_t>(V) * sizeof(float));
+      std::memset(state.row(i), 0, bytes);
     } else if (v_first) {
-      for (int64_t j = 0; j < V; ++j) state.row(i)[j] = from[j * K + i];
+      for (int64_t j = 0; j < columns.count; ++j) {
+        state.row(i)[j] = from[(columns.first + j) * K + i];
+      }
     } else {
-      std::memcpy(state.row(i), from + i * V, static_cast<size_t>(V) * sizeof(float));
+      std::memcpy(state.row(i), from + i * V + columns.first, bytes);
     }
   }
 }
 
-inline void store_state(const Tile& state, int64_t K, int64_t V, bool v_first, float* to) {
+inline void store_state(const Tile& state, int64_t K, int64_t V, bool v_first,
+                        const Columns& columns, float* to) {
   for (int64_t i = 0; i < K; ++i) {
     if (v_first) {
-      for (int64_t j = 0; j < V; ++j) to[j * K + i] = state.row(i)[j];
+      for (int64_t j = 0; j < columns.count; ++j) {
+        to[(columns.first + j) * K + i] = state.row(i)[j];
+      }
     } else {
-      std::memcpy(to + i * V, state.row(i), static_cast<size_t>(V) * sizeof(float));
+      std::memcpy(to + i * V + columns.first, state.row(i),
+                  static_cast<size_t>(columns.count) * sizeof(float));
     }
   }
+}
+
+/// Values, or their gradients, from column `first` on.
+template <typename View>
+View columns_from(View view, DType dtype, int64_t first) {
+  if (view.data == nullptr) return view;
+  with_element_type(dtype, [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    using Data = std::conditional_t<std::is_same_v<View, ConstView4>, const Element, Element>;
+    view.data = static_cast<Data*>(view.data) + first;
+  });
+  return view;
 }
 
 /// Gates of one chunk. b_i = sum of g up to and with token i, kept as a sum of two floats: the

@@ -1,0 +1,44 @@
+// How many slices of V's columns a value head is cut into, so that few heads keep many cores busy.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace gdn::kernels::cpu {
+
+/// Columns [first, first + count) of V.
+struct Columns {
+  int64_t first, count;
+};
+
+/// Columns of U and S do not depend on each other, so a slice computes what the whole would, bit
+/// for bit, but makes the scores and the gates' tiles again: a fifth of a chunk's operations at K =
+/// V = 128. Of 1 to V / 32 slices the number that ends soonest, when `threads` threads share
+/// `tasks` tasks of as many slices.
+inline int64_t column_slices(int64_t tasks, int64_t V, int64_t threads) {
+  constexpr int64_t kNarrowest = 32;
+  constexpr double kRepeated = 0.2;
+  int64_t best = 1;
+  double least = 0.0;
+  for (int64_t slices = 1; slices <= std::max<int64_t>(1, V / kNarrowest); ++slices) {
+    const int64_t rounds = (tasks * slices + threads - 1) / threads;
+    const double time =
+        static_cast<double>(rounds) * (kRepeated + (1.0 - kRepeated) / static_cast<double>(slices));
+    if (slices == 1 || time < least) {
+      best = slices;
+      least = time;
+    }
+  }
+  return best;
+}
+
+/// Slice `index` of `slices`; all but the last begin and end at multiples of 16 columns.
+inline Columns column_slice(int64_t V, int64_t slices, int64_t index) {
+  constexpr int64_t kAlign = 16;
+  const int64_t blocks = (V + kAlign - 1) / kAlign;
+  const int64_t begin = blocks * index / slices * kAlign;
+  const int64_t end = std::min(V, blocks * (index + 1) / slices * kAlign);
+  return {begin, end - begin};
+}
+
+}  // namespace gdn::kernels::cpu
