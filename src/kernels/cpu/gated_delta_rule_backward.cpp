@@ -59,51 +59,65 @@ struct SharedTiles {
   HWY_ALIGN float q_rstd[kMaxChunk], k_rstd[kMaxChunk];  // the norm's factors
 };
 
-/// Buffers for one key head at a time.
-struct BackwardWorkspace {
-  Workspace memory;
-  StateTiles tiles;
-  Tile kT;                           // [K, C]
+/// What the replay and the chain of dS leave of one chunk of a value head, for its gradients.
+struct ChunkTiles {
+  Tile S;      // [K, V], the state at the chunk's start
+  Tile u_hat;  // [C, V]
+};
+
+/// Tiles that one chunk of a value head needs at a time.
+struct BackwardTiles {
+  StateTiles state;
   Tile decay, P, d_P, d_G, X;        // [C, C]
   Tile d_o, d_v;                     // [C, V], d_v right below d_o
   Tile d_u;                          // [C, V]
   Tile uT;                           // [V, C]
   Tile ST, d_ST;                     // [V, K]
   Tile d_q, d_k_reader, d_k_writer;  // [C, K]
-  std::vector<Tile> d_S;             // [K, V], a value head each
-  std::vector<Tile> S;               // [K, V], the states at the chunks' starts
-  std::vector<Tile> u_hat;           // [C, V], a chunk each
-  std::vector<SharedTiles> shared;   // a chunk each
   ChunkGates gates;
   Ahead ahead;
 
+  static int64_t floats(int64_t C, int64_t K, int64_t V) {
+    const auto tile = &Workspace::tile_floats;
+    return StateTiles::floats(C, V) + 3 * tile(C, K) + 5 * tile(C, C) + tile(2 * C, V) +
+           tile(C, V) + tile(V, C) + 2 * tile(V, K);
+  }
+  BackwardTiles(Workspace& w, int64_t C, int64_t K, int64_t V)
+      : state(w, C, V),
+        decay(w.tile(C, C)),
+        P(w.tile(C, C)),
+        d_P(w.tile(C, C)),
+        d_G(w.tile(C, C)),
+        X(w.tile(C, C)),
+        d_o(w.tile(2 * C, V)),
+        d_u(w.tile(C, V)),
+        uT(w.tile(V, C)),
+        ST(w.tile(V, K)),
+        d_ST(w.tile(V, K)),
+        d_q(w.tile(C, K)),
+        d_k_reader(w.tile(C, K)),
+        d_k_writer(w.tile(C, K)) {}
+};
+
+/// Buffers for one key head at a time.
+struct BackwardWorkspace {
+  Workspace memory;
+  BackwardTiles tiles;
+  Tile kT;                          // [K, C]
+  std::vector<Tile> d_S;            // [K, V], a value head each
+  std::vector<ChunkTiles> chunks;   // of a segment
+  std::vector<SharedTiles> shared;  // likewise
+
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, V) + 3 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
-           tile(2 * C, V) + tile(C, V) + tile(V, C) + 2 * tile(V, K) + group * tile(K, V) +
+    return BackwardTiles::floats(C, K, V) + tile(K, C) + group * tile(K, V) +
            chunks * (tile(K, V) + tile(C, V) + SharedTiles::floats(C, K));
   }
-  BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks)
-      : memory(floats(C, K, V, group, chunks)),
-        tiles(memory, C, V),
-        kT(memory.tile(K, C)),
-        decay(memory.tile(C, C)),
-        P(memory.tile(C, C)),
-        d_P(memory.tile(C, C)),
-        d_G(memory.tile(C, C)),
-        X(memory.tile(C, C)),
-        d_o(memory.tile(2 * C, V)),
-        d_u(memory.tile(C, V)),
-        uT(memory.tile(V, C)),
-        ST(memory.tile(V, K)),
-        d_ST(memory.tile(V, K)),
-        d_q(memory.tile(C, K)),
-        d_k_reader(memory.tile(C, K)),
-        d_k_writer(memory.tile(C, K)) {
+  BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t count)
+      : memory(floats(C, K, V, group, count)), tiles(memory, C, K, V), kT(memory.tile(K, C)) {
     for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
-    for (int64_t i = 0; i < chunks; ++i) {
-      S.push_back(memory.tile(K, V));
-      u_hat.push_back(memory.tile(C, V));
+    for (int64_t i = 0; i < count; ++i) {
+      chunks.push_back({memory.tile(K, V), memory.tile(C, V)});
       shared.emplace_back(memory, C, K);
     }
   }
@@ -127,23 +141,22 @@ void load_chunk_gates(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h
              c.tokens, c.rows, static_cast<float>(p.scale), gates);
 }
 
-/// From the state w.S[i] at the start of the segment's chunk i, w.u_hat[i] and the next state.
-void replay_chunk(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, size_t i,
-                  int64_t h, BackwardWorkspace& w) {
-  const Chunk& c = chunks[i];
-  const SharedTiles& shared = w.shared[i];
+/// From the state at a chunk's start its U^ and, unless there is no memory for it, the next state.
+void replay_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                  const SharedTiles& shared, const ChunkTiles& chunk, const Tile& next_S,
+                  BackwardTiles& w) {
   load_chunk_gates(p, c, h, w.gates);
-  decay_scores(w.gates, c.rows, 1.0F, shared.kk, {}, w.tiles.G, {}, {});
-  load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.u_hat[i]);
-  solve_chunk(w.ahead, shared.k, w.u_hat[i], w.tiles, w.gates, w.S[i], c.rows, p.K, p.V);
-  if (i + 1 == chunks.size()) return;
-  update_state(w.ahead, shared.k, w.tiles, w.gates, w.S[i], w.S[i + 1], c.rows, p.K, p.V);
+  decay_scores(w.gates, c.rows, 1.0F, shared.kk, {}, w.state.G, {}, {});
+  load_tokens(p.v, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, chunk.u_hat);
+  solve_chunk(w.ahead, shared.k, chunk.u_hat, w.state, w.gates, chunk.S, c.rows, p.K, p.V);
+  if (next_S.data == nullptr) return;
+  update_state(w.ahead, shared.k, w.state, w.gates, chunk.S, next_S, c.rows, p.K, p.V);
 }
 
 /// From d_P = dO U^T and d_G = dV U^T, lower triangles, in one pass:
 /// X = d_P o P - d_G o G below the diagonal, 0 elsewhere; sum_P += scale d_P o D on the lower
 /// triangle; sum_G -= d_G o D below the diagonal.
-void score_gradients(const BackwardWorkspace& w, int64_t rows, float scale, const Tile& sum_P,
+void score_gradients(const BackwardTiles& w, int64_t rows, float scale, const Tile& sum_P,
                      const Tile& sum_G) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
@@ -161,7 +174,7 @@ void score_gradients(const BackwardWorkspace& w, int64_t rows, float scale, cons
       const auto d_G = hn::IfThenElseZero(below, hn::Load(d, w.d_G.row(i) + j));
       const auto D = hn::Load(d, w.decay.row(i) + j);
       const auto read = hn::IfThenElseZero(below, hn::Mul(d_P, hn::Load(d, w.P.row(i) + j)));
-      hn::Store(hn::NegMulAdd(d_G, hn::Load(d, w.tiles.G.row(i) + j), read), d, w.X.row(i) + j);
+      hn::Store(hn::NegMulAdd(d_G, hn::Load(d, w.state.G.row(i) + j), read), d, w.X.row(i) + j);
       float* p = sum_P.row(i) + j;
       float* g = sum_G.row(i) + j;
       hn::Store(hn::MulAdd(hn::Mul(factor, d_P), D, hn::Load(d, p)), d, p);
@@ -197,8 +210,7 @@ struct StateProducts {
 };
 
 void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
-                          const Tile& u_hat, const StateProducts& products,
-                          const BackwardWorkspace& w) {
+                          const Tile& u_hat, const Tile& d_u, const StateProducts& products) {
   const int64_t gate = (c.b * p.T + c.t) * p.HV + h;
   float* d_g = static_cast<float*>(p.d_g) + gate;
   float* d_beta = static_cast<float*>(p.d_beta) + gate;
@@ -212,7 +224,7 @@ void store_gate_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64
     read += products.read[t];
     d_g[t * p.HV] =
         static_cast<float>(products.through + read + written_before[t] + products.crossing[t]);
-    d_beta[t * p.HV] = dot(w.d_u.row(t), u_hat.row(t), padded(p.V));
+    d_beta[t * p.HV] = dot(d_u.row(t), u_hat.row(t), padded(p.V));
   }
 }
 
@@ -229,61 +241,73 @@ HWY_INLINE float add_and_dot(const float* HWY_RESTRICT x, const float* HWY_RESTR
   return hn::GetLane(hn::SumOfLanes(d, product));
 }
 
-/// One chunk in reverse: d_S is dS' and becomes dS; S is the state at the chunk's start. Adds to
-/// the sums in `shared`.
-void reverse_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& S,
-                   const Tile& u_hat, const Tile& d_S, const SharedTiles& shared,
-                   BackwardWorkspace& w) {
-  const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(p.K), Vp = padded(p.V);
-  const auto scale = static_cast<float>(p.scale);
-  const StateTiles& t = w.tiles;
-  const ChunkGates& gates = w.gates;
+/// Gates, scores and dO of a chunk, for what follows.
+void begin_reverse(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                   const SharedTiles& shared, BackwardTiles& w) {
   load_chunk_gates(p, c, h, w.gates);
-  w.d_v = below(w.d_o, rows);
-  load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, rows, V, w.d_o);
-  decay_scores(gates, rows, scale, shared.kk, shared.qk, t.G, w.P, w.decay);
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.beta[i], u_hat.row(i), 0.0F, t.u.row(i), Vp);
-  }
-  transpose(rows, Vp, t.u, w.uT);
-  transpose(Kp, Vp, S, w.ST);
-  transpose(Kp, Vp, d_S, w.d_ST);
+  w.d_v = below(w.d_o, c.rows);
+  load_tokens(p.d_o, p.dtype, c.b, c.t, h, c.tokens, c.rows, p.V, w.d_o);
+  decay_scores(w.gates, c.rows, static_cast<float>(p.scale), shared.kk, shared.qk, w.state.G, w.P,
+               w.decay);
+}
 
-  // dU, then Z in its place, and dV.
-  matmul<Into::set>(w.ahead, rows, Vp, K, plain(shared.k), d_S, w.d_u, {gates.to_end});
+/// From d_S, which is dS': dU, then Z in its place, and dV.
+void value_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h, const Tile& d_S,
+                     const SharedTiles& shared, BackwardTiles& w) {
+  const int64_t rows = c.rows, Vp = padded(p.V);
+  matmul<Into::set>(w.ahead, rows, Vp, p.K, plain(shared.k), d_S, w.d_u, {w.gates.to_end});
   matmul<Into::add, Skip::a_below_diagonal>(w.ahead, rows, Vp, rows, transposed(w.P), w.d_o, w.d_u);
-  solve_backward(t.G, gates.beta, rows, Vp, w.d_u, w.d_v);
-  store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, V, w.d_v);
+  solve_backward(w.state.G, w.gates.beta, rows, Vp, w.d_u, w.d_v);
+  store_tokens(p.d_v, p.dtype, c.b, c.t, h, c.tokens, p.V, w.d_v);
+}
+
+/// What queries, keys and gates get of one value head, from dO, dV, Z and the states around the
+/// chunk: adds to the sums in `shared`.
+void key_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
+                   const ChunkTiles& chunk, const Tile& d_S, const Tile& d_v, const Tile& d_u,
+                   const SharedTiles& shared, BackwardTiles& w) {
+  const int64_t rows = c.rows, K = p.K, V = p.V, Kp = padded(K), Vp = padded(V);
+  const ChunkGates& gates = w.gates;
+  const Tile& u = w.state.u;
+  for (int64_t i = 0; i < rows; ++i) {
+    scale_row(gates.beta[i], chunk.u_hat.row(i), 0.0F, u.row(i), Vp);
+  }
+  transpose(rows, Vp, u, w.uT);
+  transpose(Kp, Vp, chunk.S, w.ST);
+  transpose(Kp, Vp, d_S, w.d_ST);
 
   // Gradients of the two score matrices, and what the gates need of them.
   StateProducts products = {};
   matmul<Into::set, Skip::c_above_diagonal>(w.ahead, rows, rows, V, plain(w.d_o), w.uT, w.d_P);
-  matmul<Into::set, Skip::c_above_diagonal>(w.ahead, rows, rows, V, plain(w.d_v), w.uT, w.d_G);
-  score_gradients(w, rows, scale, shared.d_qk, shared.d_kk);
+  matmul<Into::set, Skip::c_above_diagonal>(w.ahead, rows, rows, V, plain(d_v), w.uT, w.d_G);
+  score_gradients(w, rows, static_cast<float>(p.scale), shared.d_qk, shared.d_kk);
   crossing_sums(w.X, rows, products.crossing);
 
   // dQ and both parts of dK, without the products within the chunk.
   matmul<Into::set>(w.ahead, rows, Kp, V, plain(w.d_o), w.ST, w.d_q, {gates.read});
-  matmul<Into::set>(w.ahead, rows, Kp, V, plain(w.d_v), w.ST, w.d_k_reader,
-                    {gates.minus_from_start});
-  matmul<Into::set>(w.ahead, rows, Kp, V, plain(t.u), w.d_ST, w.d_k_writer, {gates.to_end});
+  matmul<Into::set>(w.ahead, rows, Kp, V, plain(d_v), w.ST, w.d_k_reader, {gates.minus_from_start});
+  matmul<Into::set>(w.ahead, rows, Kp, V, plain(u), w.d_ST, w.d_k_writer, {gates.to_end});
   for (int64_t i = 0; i < rows; ++i) {
     products.read[i] = add_and_dot(w.d_q.row(i), shared.q.row(i), Kp, shared.d_q.row(i)) +
                        add_and_dot(w.d_k_reader.row(i), shared.k.row(i), Kp, shared.d_k.row(i));
     products.written[i] = add_and_dot(w.d_k_writer.row(i), shared.k.row(i), Kp, shared.d_k.row(i));
   }
   products.through = 0.0;
-  for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), S.row(i), Vp);
+  for (int64_t i = 0; i < K; ++i) products.through += dot(d_S.row(i), chunk.S.row(i), Vp);
   products.through *= gates.whole;
-  store_gate_gradients(p, c, h, u_hat, products, w);
+  store_gate_gradients(p, c, h, chunk.u_hat, d_u, products);
+}
 
-  // dS, from Q over K and dO over dV, which are not needed again.
-  for (int64_t i = 0; i < rows; ++i) {
-    scale_row(gates.read[i], w.d_o.row(i), 0.0F, w.d_o.row(i), Vp);
-    scale_row(gates.minus_from_start[i], w.d_v.row(i), 0.0F, w.d_v.row(i), Vp);
+/// d_S, which is dS', becomes dS: from Q over K and dO over dV, which are not needed again.
+void state_gradient(const GatedDeltaRuleBackward& p, const Chunk& c, const Tile& d_S,
+                    const SharedTiles& shared, BackwardTiles& w) {
+  const int64_t Vp = padded(p.V);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    scale_row(w.gates.read[i], w.d_o.row(i), 0.0F, w.d_o.row(i), Vp);
+    scale_row(w.gates.minus_from_start[i], w.d_v.row(i), 0.0F, w.d_v.row(i), Vp);
   }
-  matmul<Into::add>(w.ahead, Kp, Vp, 2 * rows, transposed(shared.q), w.d_o, d_S,
-                    {.keep = gates.whole});
+  matmul<Into::add>(w.ahead, padded(p.K), Vp, 2 * c.rows, transposed(shared.q), w.d_o, d_S,
+                    {.keep = w.gates.whole});
 }
 
 /// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
@@ -299,7 +323,7 @@ void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& out
 
 /// Queries, keys and scores of one chunk, and zeros in its sums.
 void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
-                     SharedTiles& shared, BackwardWorkspace& w) {
+                     const Tile& kT, SharedTiles& shared, Ahead& ahead) {
   shared.k = below(shared.q, c.rows);
   load_tokens(p.q, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.q);
   load_tokens(p.k, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.k);
@@ -307,7 +331,7 @@ void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t ke
     l2_normalize(shared.q, c.rows, p.K, shared.q_rstd);
     l2_normalize(shared.k, c.rows, p.K, shared.k_rstd);
   }
-  score_products(w.ahead, shared.k, shared.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
+  score_products(ahead, shared.k, shared.q, c.rows, p.K, kT, shared.kk, shared.qk);
   for (const Tile& sum : {shared.d_kk, shared.d_qk}) clear_rows(sum, c.rows, c.rows);
   for (const Tile& sum : {shared.d_q, shared.d_k}) clear_rows(sum, c.rows, p.K);
 }
@@ -364,51 +388,85 @@ void look_back(const GatedDeltaRuleBackward& p, const Chunk& c, const Chunk* nex
   add_tokens(ahead, p.d_v, p.dtype, c.b, c.t, h, c.tokens, p.V);
 }
 
-void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head,
-                    BackwardWorkspace& w) {
-  const Sequence seq = sequence(p, n);
-  const int64_t group = p.HV / p.H, state_size = p.K * p.V;
+/// State gradients of the value heads [first, first + tiles.size()) of sequence n, from what came
+/// with the final state; null: zeros.
+void load_state_gradients(const GatedDeltaRuleBackward& p, int64_t n, int64_t first,
+                          const std::vector<Tile>& tiles) {
   const auto* d_final = static_cast<const float*>(p.d_final_state);
-  for (int64_t i = 0; i < group; ++i) {
-    const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const int64_t offset = (n * p.HV + first + static_cast<int64_t>(i)) * p.K * p.V;
     load_state(d_final == nullptr ? nullptr : d_final + offset, p.K, p.V, p.state_v_first, {0, p.V},
-               w.d_S[i]);
-  }
-
-  const int64_t segments = (seq.tokens + kSegmentTokens - 1) / kSegmentTokens;
-  for (int64_t segment = segments - 1; segment >= 0; --segment) {
-    const int64_t done = segment * kSegmentTokens;
-    const auto chunks = chunks_of(seq.b, seq.first_token + done,
-                                  std::min(kSegmentTokens, seq.tokens - done), p.chunk_size);
-    for (int64_t i = 0; i < group; ++i) {
-      const int64_t h = key_head * group + i;
-      const int64_t state_index = (first_segment(p, n) + segment) * p.HV + h;
-      load_state(p.segment_states + state_index * state_size, p.K, p.V, /*v_first=*/false, {0, p.V},
-                 w.S[0]);
-      for (size_t c = 0; c < chunks.size(); ++c) {
-        if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.shared[c], w);
-        if (c + 1 < chunks.size()) look_ahead(p, chunks[c + 1], h, w.ahead);
-        replay_chunk(p, chunks, c, h, w);
-      }
-      for (size_t c = chunks.size(); c-- > 0;) {
-        look_back(p, chunks[c], c > 0 ? &chunks[c - 1] : nullptr, h, w.ahead);
-        reverse_chunk(p, chunks[c], h, w.S[c], w.u_hat[c], w.d_S[i], w.shared[c], w);
-        if (i + 1 == group) finish_key_chunk(p, chunks[c], key_head, w.shared[c], w.ahead);
-      }
-    }
-  }
-
-  auto* d_initial = static_cast<float*>(p.d_initial_state);
-  for (int64_t i = 0; d_initial != nullptr && i < group; ++i) {
-    const int64_t offset = (n * p.HV + key_head * group + i) * state_size;
-    store_state(w.d_S[i], p.K, p.V, p.state_v_first, {0, p.V}, d_initial + offset);
+               tiles[i]);
   }
 }
 
-void chunk_backward(const GatedDeltaRuleBackward& p) {
+/// The inverse, to the gradients of the initial state.
+void store_state_gradients(const GatedDeltaRuleBackward& p, int64_t n, int64_t first,
+                           const std::vector<Tile>& tiles) {
+  auto* d_initial = static_cast<float*>(p.d_initial_state);
+  for (size_t i = 0; d_initial != nullptr && i < tiles.size(); ++i) {
+    const int64_t offset = (n * p.HV + first + static_cast<int64_t>(i)) * p.K * p.V;
+    store_state(tiles[i], p.K, p.V, p.state_v_first, {0, p.V}, d_initial + offset);
+  }
+}
+
+/// The state that the forward kept at the start of a segment of sequence n, value head h.
+const float* segment_state(const GatedDeltaRuleBackward& p, int64_t n, int64_t segment, int64_t h) {
+  return p.segment_states + ((first_segment(p, n) + segment) * p.HV + h) * p.K * p.V;
+}
+
+std::vector<Chunk> chunks_of_segment(const GatedDeltaRuleBackward& p, const Sequence& seq,
+                                     int64_t segment) {
+  const int64_t done = segment * kSegmentTokens;
+  return chunks_of(seq.b, seq.first_token + done, std::min(kSegmentTokens, seq.tokens - done),
+                   p.chunk_size);
+}
+
+int64_t segments_of(const Sequence& seq) {
+  return (seq.tokens + kSegmentTokens - 1) / kSegmentTokens;
+}
+
+void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head,
+                    BackwardWorkspace& w) {
+  const Sequence seq = sequence(p, n);
+  const int64_t group = p.HV / p.H;
+  BackwardTiles& tiles = w.tiles;
+  load_state_gradients(p, n, key_head * group, w.d_S);
+  for (int64_t segment = segments_of(seq) - 1; segment >= 0; --segment) {
+    const auto chunks = chunks_of_segment(p, seq, segment);
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t h = key_head * group + i;
+      load_state(segment_state(p, n, segment, h), p.K, p.V, /*v_first=*/false, {0, p.V},
+                 w.chunks[0].S);
+      for (size_t c = 0; c < chunks.size(); ++c) {
+        if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.kT, w.shared[c], tiles.ahead);
+        const bool last = c + 1 == chunks.size();
+        if (!last) look_ahead(p, chunks[c + 1], h, tiles.ahead);
+        replay_chunk(p, chunks[c], h, w.shared[c], w.chunks[c], last ? Tile{} : w.chunks[c + 1].S,
+                     tiles);
+      }
+      for (size_t c = chunks.size(); c-- > 0;) {
+        look_back(p, chunks[c], c > 0 ? &chunks[c - 1] : nullptr, h, tiles.ahead);
+        begin_reverse(p, chunks[c], h, w.shared[c], tiles);
+        value_gradients(p, chunks[c], h, w.d_S[i], w.shared[c], tiles);
+        key_gradients(p, chunks[c], h, w.chunks[c], w.d_S[i], tiles.d_v, tiles.d_u, w.shared[c],
+                      tiles);
+        state_gradient(p, chunks[c], w.d_S[i], w.shared[c], tiles);
+        if (i + 1 == group) finish_key_chunk(p, chunks[c], key_head, w.shared[c], tiles.ahead);
+      }
+    }
+  }
+  store_state_gradients(p, n, key_head * group, w.d_S);
+}
+
+int64_t most_chunks(const GatedDeltaRuleBackward& p) {
   int64_t longest = 0;
   for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).tokens);
-  const int64_t chunks = (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
+  return (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
+}
+
+void chunk_backward(const GatedDeltaRuleBackward& p) {
+  const int64_t chunks = most_chunks(p);
   p.parallel_for(p.N * p.H, [&](int64_t begin, int64_t end) {
     BackwardWorkspace workspace(p.chunk_size, p.K, p.V, p.HV / p.H, chunks);
     for (int64_t i = begin; i < end; ++i) backward_group(p, i / p.H, i % p.H, workspace);
