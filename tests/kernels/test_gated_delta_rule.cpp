@@ -46,6 +46,13 @@ void forward_by_slices(const kernels::GatedDeltaRuleForward& problem) {
   cpu::chunk_gated_delta_rule(p);
 }
 
+/// More threads than key heads, so that a segment is gone through in phases.
+void backward_by_phases(const kernels::GatedDeltaRuleBackward& problem) {
+  kernels::GatedDeltaRuleBackward p = problem;
+  p.threads = 16 * p.N * p.HV;
+  cpu::chunk_gated_delta_rule_backward(p);
+}
+
 double norm(const Values& values) {
   double sum = 0;
   for (const double value : values) sum += value * value;
@@ -210,7 +217,7 @@ TEST(GatedDeltaRuleSimd, TheSameBitsOnEveryRunAndForEveryPartition) {
   EXPECT_EQ(run(c, inputs, forward_for_many_threads, cpu::chunk_gated_delta_rule_backward), one);
 }
 
-TEST(GatedDeltaRuleSimd, SlicesOfColumnsChangeNoBit) {
+TEST(GatedDeltaRuleSimd, SlicesOfColumnsAndPhasesChangeNoBit) {
   for (const int64_t V : {64, 100, 200}) {
     for (const bool packed : {false, true}) {
       Case c{.B = packed ? 1 : 2,
@@ -226,9 +233,8 @@ TEST(GatedDeltaRuleSimd, SlicesOfColumnsChangeNoBit) {
       c.state_v_first = packed;
       if (packed) c.cu_seqlens = {0, 3, 3, c.T - 5, c.T};
       const GatedDeltaRuleInputs inputs = random_inputs(c);
-      const auto backward = cpu::chunk_gated_delta_rule_backward;
-      EXPECT_EQ(run(c, inputs, forward_by_slices, backward),
-                run(c, inputs, cpu::chunk_gated_delta_rule, backward))
+      EXPECT_EQ(run(c, inputs, forward_by_slices, backward_by_phases, two_uneven_ranges),
+                run(c, inputs, cpu::chunk_gated_delta_rule, cpu::chunk_gated_delta_rule_backward))
           << "V " << V << ", packed " << packed;
     }
   }

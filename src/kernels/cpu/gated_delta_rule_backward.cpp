@@ -23,7 +23,10 @@
 //
 // The states are replayed a segment at a time from those that the forward kept. Work is spread over
 // (sequence, key head): the value heads of a group share the scores, and add up dQ, dK and the
-// gradients of the scores in a fixed order.
+// gradients of the scores in a fixed order. Where these are few, it goes through a segment in three
+// phases instead, and the bits stay: the scores of each (key head, chunk); the replay and the chain
+// of dS of each (value head, slice of V's columns), which do not depend on each other; then all
+// that is left, which is independent for each (key head, chunk).
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
@@ -298,16 +301,16 @@ void key_gradients(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t h,
   store_gate_gradients(p, c, h, chunk.u_hat, d_u, products);
 }
 
-/// d_S, which is dS', becomes dS: from Q over K and dO over dV, which are not needed again.
-void state_gradient(const GatedDeltaRuleBackward& p, const Chunk& c, const Tile& d_S,
-                    const SharedTiles& shared, BackwardTiles& w) {
+/// dS from dS', which it may be, and from Q over K and dO over dV, which are not needed again.
+void state_gradient(const GatedDeltaRuleBackward& p, const Chunk& c, const Tile& d_S_end,
+                    const Tile& d_S, const SharedTiles& shared, BackwardTiles& w) {
   const int64_t Vp = padded(p.V);
   for (int64_t i = 0; i < c.rows; ++i) {
     scale_row(w.gates.read[i], w.d_o.row(i), 0.0F, w.d_o.row(i), Vp);
     scale_row(w.gates.minus_from_start[i], w.d_v.row(i), 0.0F, w.d_v.row(i), Vp);
   }
   matmul<Into::add>(w.ahead, padded(p.K), Vp, 2 * c.rows, transposed(shared.q), w.d_o, d_S,
-                    {.keep = w.gates.whole});
+                    {.keep = w.gates.whole, .old = d_S_end});
 }
 
 /// Writes the summed gradient of q or k for one chunk, through the L2 norm when there is one: for
@@ -451,12 +454,141 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
         value_gradients(p, chunks[c], h, w.d_S[i], w.shared[c], tiles);
         key_gradients(p, chunks[c], h, w.chunks[c], w.d_S[i], tiles.d_v, tiles.d_u, w.shared[c],
                       tiles);
-        state_gradient(p, chunks[c], w.d_S[i], w.shared[c], tiles);
+        state_gradient(p, chunks[c], w.d_S[i], w.d_S[i], w.shared[c], tiles);
         if (i + 1 == group) finish_key_chunk(p, chunks[c], key_head, w.shared[c], tiles.ahead);
       }
     }
   }
   store_state_gradients(p, n, key_head * group, w.d_S);
+}
+
+/// Buffers for one segment of one sequence, all heads.
+struct SegmentWorkspace {
+  /// What the second phase leaves of one chunk of a value head for the third.
+  struct Left {
+    ChunkTiles chunk;
+    Tile d_u, d_v;  // [C, V]
+  };
+  Workspace memory;
+  std::vector<std::vector<SharedTiles>> shared;  // [key head][chunk]
+  std::vector<std::vector<Left>> left;           // [value head][chunk]
+  // [value head][chunk + 1]: dS at the chunks' starts, and at the end of the last.
+  std::vector<std::vector<Tile>> d_S;
+
+  static int64_t floats(const GatedDeltaRuleBackward& p, int64_t count) {
+    const int64_t state = Workspace::tile_floats(p.K, p.V);
+    const int64_t values = Workspace::tile_floats(p.chunk_size, p.V);
+    return count * p.H * SharedTiles::floats(p.chunk_size, p.K) +
+           p.HV * (count * (2 * state + 3 * values) + state);
+  }
+  SegmentWorkspace(const GatedDeltaRuleBackward& p, int64_t count)
+      : memory(floats(p, count)), shared(p.H), left(p.HV), d_S(p.HV) {
+    const int64_t C = p.chunk_size, K = p.K, V = p.V;
+    for (auto& chunks : shared) {
+      for (int64_t c = 0; c < count; ++c) chunks.emplace_back(memory, C, K);
+    }
+    for (auto& chunks : left) {
+      for (int64_t c = 0; c < count; ++c) {
+        chunks.push_back(
+            {{memory.tile(K, V), memory.tile(C, V)}, memory.tile(C, V), memory.tile(C, V)});
+      }
+    }
+    for (auto& states : d_S) {
+      for (int64_t c = 0; c <= count; ++c) states.push_back(memory.tile(K, V));
+    }
+  }
+};
+
+/// Buffers of one thread in the phases.
+struct PhaseWorkspace {
+  Workspace memory;
+  BackwardTiles tiles;
+  Tile kT;
+  explicit PhaseWorkspace(const GatedDeltaRuleBackward& p)
+      : memory(BackwardTiles::floats(p.chunk_size, p.K, p.V) +
+               Workspace::tile_floats(p.K, p.chunk_size)),
+        tiles(memory, p.chunk_size, p.K, p.V),
+        kT(memory.tile(p.K, p.chunk_size)) {}
+};
+
+/// Replay and chain of dS through the chunks of a segment, `columns` of value head h.
+void state_phase(const GatedDeltaRuleBackward& p, const float* first_state,
+                 const std::vector<Chunk>& chunks, int64_t h, const Columns& columns,
+                 const SegmentWorkspace& segment, BackwardTiles& w) {
+  GatedDeltaRuleBackward slice = p;  // as if these were all columns
+  slice.V = columns.count;
+  slice.v = columns_from(p.v, p.dtype, columns.first);
+  slice.d_o = columns_from(p.d_o, p.dtype, columns.first);
+  slice.d_v = columns_from(p.d_v, p.dtype, columns.first);
+  const auto part = [&](const Tile& tile) { return Tile{tile.data + columns.first, tile.stride}; };
+  const auto& shared = segment.shared[h / (p.HV / p.H)];
+  const auto& left = segment.left[h];
+  const auto& d_S = segment.d_S[h];
+  load_state(first_state, p.K, p.V, /*v_first=*/false, columns, part(left[0].chunk.S));
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    const Tile next_S = c + 1 == chunks.size() ? Tile{} : part(left[c + 1].chunk.S);
+    replay_chunk(slice, chunks[c], h, shared[c], {part(left[c].chunk.S), part(left[c].chunk.u_hat)},
+                 next_S, w);
+  }
+  for (size_t c = chunks.size(); c-- > 0;) {
+    begin_reverse(slice, chunks[c], h, shared[c], w);
+    value_gradients(slice, chunks[c], h, part(d_S[c + 1]), shared[c], w);
+    for (int64_t i = 0; i < chunks[c].rows; ++i) {
+      scale_row(1.0F, w.d_u.row(i), 0.0F, part(left[c].d_u).row(i), padded(columns.count));
+      scale_row(1.0F, w.d_v.row(i), 0.0F, part(left[c].d_v).row(i), padded(columns.count));
+    }
+    state_gradient(slice, chunks[c], part(d_S[c + 1]), part(d_S[c]), shared[c], w);
+  }
+}
+
+/// The gradients of one chunk of a key head that its value heads' states and values give.
+void gradient_phase(const GatedDeltaRuleBackward& p, const Chunk& chunk, size_t c, int64_t key_head,
+                    const SegmentWorkspace& segment, BackwardTiles& w) {
+  const SharedTiles& shared = segment.shared[key_head][c];
+  const int64_t group = p.HV / p.H;
+  for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h) {
+    const auto& left = segment.left[h][c];
+    begin_reverse(p, chunk, h, shared, w);
+    key_gradients(p, chunk, h, left.chunk, segment.d_S[h][c + 1], left.d_v, left.d_u, shared, w);
+  }
+  finish_key_chunk(p, chunk, key_head, shared, w.ahead);
+}
+
+/// One sequence, all heads, a segment at a time in three phases.
+void backward_by_phases(const GatedDeltaRuleBackward& p, int64_t n, SegmentWorkspace& w) {
+  const Sequence seq = sequence(p, n);
+  const int64_t slices = column_slices(p.HV, p.V, p.threads);
+  const auto in_parallel = [&](int64_t count, const auto& body) {
+    p.parallel_for(count, [&](int64_t begin, int64_t end) {
+      PhaseWorkspace workspace(p);
+      for (int64_t i = begin; i < end; ++i) body(i, workspace);
+    });
+  };
+  const auto starts = [&] {
+    std::vector<Tile> tiles;
+    for (const auto& states : w.d_S) tiles.push_back(states[0]);
+    return tiles;
+  };
+  load_state_gradients(p, n, 0, starts());
+  for (int64_t segment = segments_of(seq) - 1; segment >= 0; --segment) {
+    const auto chunks = chunks_of_segment(p, seq, segment);
+    const auto count = static_cast<int64_t>(chunks.size());
+    // The start of the segment behind is the end of this one's last chunk.
+    for (auto& states : w.d_S) std::swap(states[0], states[chunks.size()]);
+    in_parallel(p.H * count, [&](int64_t i, PhaseWorkspace& own) {
+      begin_key_chunk(p, chunks[i % count], i / count, own.kT, w.shared[i / count][i % count],
+                      own.tiles.ahead);
+    });
+    in_parallel(p.HV * slices, [&](int64_t i, PhaseWorkspace& own) {
+      const int64_t h = i / slices;
+      state_phase(p, segment_state(p, n, segment, h), chunks, h,
+                  column_slice(p.V, slices, i % slices), w, own.tiles);
+    });
+    in_parallel(p.H * count, [&](int64_t i, PhaseWorkspace& own) {
+      gradient_phase(p, chunks[i % count], i % count, i / count, w, own.tiles);
+    });
+  }
+  store_state_gradients(p, n, 0, starts());
 }
 
 int64_t most_chunks(const GatedDeltaRuleBackward& p) {
@@ -467,6 +599,11 @@ int64_t most_chunks(const GatedDeltaRuleBackward& p) {
 
 void chunk_backward(const GatedDeltaRuleBackward& p) {
   const int64_t chunks = most_chunks(p);
+  if (2 * p.N * p.H <= p.threads) {
+    SegmentWorkspace workspace(p, chunks);
+    for (int64_t n = 0; n < p.N; ++n) backward_by_phases(p, n, workspace);
+    return;
+  }
   p.parallel_for(p.N * p.H, [&](int64_t begin, int64_t end) {
     BackwardWorkspace workspace(p.chunk_size, p.K, p.V, p.HV / p.H, chunks);
     for (int64_t i = begin; i < end; ++i) backward_group(p, i / p.H, i % p.H, workspace);
