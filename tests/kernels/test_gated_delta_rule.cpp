@@ -244,7 +244,8 @@ TEST(ColumnSlices, AreAsManyAsEndSoonest) {
   EXPECT_EQ(cpu::column_slices(/*tasks=*/32, /*V=*/128, /*threads=*/2), 1);
   EXPECT_EQ(cpu::column_slices(16, 128, 16), 1);
   EXPECT_EQ(cpu::column_slices(2, 128, 16), 4);
-  EXPECT_EQ(cpu::column_slices(20, 128, 16), 2);
+  EXPECT_EQ(cpu::column_slices(6, 128, 14), 2);
+  EXPECT_EQ(cpu::column_slices(6, 128, 4), 1);
   EXPECT_EQ(cpu::column_slices(1, 16, 16), 1);
   for (const int64_t V : {1, 31, 64, 100, 256}) {
     const int64_t slices = cpu::column_slices(1, V, 64);
