@@ -186,6 +186,12 @@ def add_a_bias(model):
     linear.bias = torch.nn.Parameter(torch.ones(linear.out_features))
 
 
+def repeat_a_row(model):
+    linear = model.model.layers[0].attn.q_proj
+    row = linear.weight.detach()[:1]  # of the same memory
+    linear.weight = torch.nn.Parameter(row.expand_as(linear.weight))
+
+
 def adapt(model):
     config = peft.LoraConfig(target_modules=["v_proj", "up_proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)
@@ -210,7 +216,7 @@ CHANGES = {
     change: stays_plain
     for stays_plain, changes in {
         False: [double_by_hook, double_input_by_hook, double_by_another_module, add_a_bias,
-                double_by_another_forward, double_by_a_parametrization, adapt],
+                double_by_another_forward, double_by_a_parametrization, repeat_a_row, adapt],
         True: [replace_a_weight, replace_the_memory_of_a_weight, change_a_weight],
     }.items()
     for change in changes
