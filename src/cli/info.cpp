@@ -6,6 +6,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -47,9 +48,10 @@ std::set<std::string> matrix_instructions() {
 /// How the CPU multiplies matrices of each dtype.
 Json matrix_products() {
   Json products;
-  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+  for (const auto& [name, dtype] : {std::pair("fp32", at::kFloat), std::pair("bf16", at::kBFloat16),
+                                    std::pair("fp16", at::kHalf)}) {  // as --dtype names them
     const MatrixLibrary library = matrix_library(dtype);
-    products[c10::toString(dtype)] = {{"library", library.name}, {"why", library.reason}};
+    products[name] = {{"library", library.name}, {"why", library.reason}};
   }
   return products;
 }

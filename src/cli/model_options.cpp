@@ -2,7 +2,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <unistd.h>
 
 #include <ATen/Parallel.h>
@@ -11,6 +10,7 @@
 #include <gdn/cli/model_options.h>
 #include <gdn/models/checkpoint.h>
 #include <gdn/models/device.h>
+#include <gdn/ops/common/int8_weight.h>
 
 namespace gdn::cli {
 
@@ -31,16 +31,14 @@ void ModelOptions::declare(CLI::App& app) {
                      "a CPU; else the weights are of --dtype")
           ->check(CLI::IsMember({"int8"}));
   app.add_option("--weight-group", weight_group,
-                 "Numbers of a matrix's row that share a scale in int8, a power of two of at least "
-                 "32; 0: the row")
+                 "Numbers of a matrix's row that share a scale in int8, " +
+                     std::string(kInt8ScaleSizes) + "; 0: the row")
       ->needs(weights)
       ->check(CLI::Validator(
           [](const std::string& text) {
-            constexpr std::string_view kExpected = "must be 0 or a power of two of at least 32";
             int64_t size = 0;
-            const bool number = CLI::detail::lexical_cast(text, size);
-            const bool power = size >= 32 && (size & (size - 1)) == 0;
-            return number && (size == 0 || power) ? "" : std::string(kExpected) + ", got " + text;
+            const bool valid = CLI::detail::lexical_cast(text, size) && is_int8_scale_size(size);
+            return valid ? "" : "must be " + std::string(kInt8ScaleSizes) + ", got " + text;
           },
           "POWER OF TWO"));
   app.add_option("--threads", threads, "CPU threads; 0: as many as torch would use")

@@ -163,14 +163,16 @@ int64_t GatedDeltaNetForCausalLMImpl::nbytes() const {
   return static_cast<int64_t>(bytes);
 }
 
-void GatedDeltaNetForCausalLMImpl::round_to_int8(const std::string& key, int64_t scale_size) {
-  if (key == "model.embeddings.weight") return model_->round_embeddings_to_int8(scale_size);
-  constexpr std::string_view kWeight = ".weight";
-  if (!key.ends_with(kWeight)) return;
-  const auto modules = named_modules();
-  const auto* found = modules.find(key.substr(0, key.size() - kWeight.size()));
-  auto* linear = found != nullptr ? (*found)->as<Linear>() : nullptr;
-  if (linear != nullptr) linear->scales = round_weight_to_int8(*linear, scale_size);
+std::function<void(const std::string&)> GatedDeltaNetForCausalLMImpl::int8_rounding(
+    int64_t scale_size) {
+  return [body = model_, modules = named_modules(), scale_size](const std::string& key) {
+    if (key == "model.embeddings.weight") return body->round_embeddings_to_int8(scale_size);
+    constexpr std::string_view kWeight = ".weight";
+    if (!key.ends_with(kWeight)) return;
+    const auto* found = modules.find(key.substr(0, key.size() - kWeight.size()));
+    auto* linear = found != nullptr ? (*found)->as<Linear>() : nullptr;
+    if (linear != nullptr) linear->scales = round_weight_to_int8(*linear, scale_size);
+  };
 }
 
 Matrix GatedDeltaNetForCausalLMImpl::embedding_matrix() const { return model_->embedding_matrix(); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -55,10 +56,10 @@ class GatedDeltaNetForCausalLMImpl : public torch::nn::Module {
   void set_activation_checkpointing(bool on);
   int64_t parameter_count() const;
   int64_t nbytes() const;  ///< of parameters and of the scales of those in int8
-  /// Rounds the parameter `key` to int8 if it is a matrix that tokens are multiplied by or looked
-  /// up in: projections, embeddings and head. From then on the model computes on a CPU and without
-  /// gradients. `scale_size`: see round_to_int8.
-  void round_to_int8(const std::string& key, int64_t scale_size);
+  /// What rounds the parameter of a key to int8 if it is a matrix that tokens are multiplied by or
+  /// looked up in: projections, embeddings and head. From then on the model computes on a CPU and
+  /// without gradients. `scale_size`: see round_to_int8.
+  std::function<void(const std::string& key)> int8_rounding(int64_t scale_size);
   Matrix embedding_matrix() const;  ///< [vocab_size, hidden_size]
   Matrix head_matrix() const;       ///< the same if tied
 

@@ -132,6 +132,7 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
   if (config.tie_word_embeddings) weights.erase(kHeadKey);  // some writers repeat the embeddings
 
   GatedDeltaNetForCausalLM model(config, c10::kCPU, /*initialize=*/false);
+  const auto round = int8_scale_size ? model->int8_rounding(*int8_scale_size) : nullptr;
   for (auto& named : model->named_parameters()) {
     const std::string& key = named.key();
     const auto found = weights.find(key);
@@ -154,7 +155,7 @@ GatedDeltaNetForCausalLM load_pretrained(const fs::path& folder, c10::Device dev
     if (stays_wide(key)) type = at::promote_types(type, at::kFloat);
     named.value().set_data(stored.to(device, type, /*non_blocking=*/false, /*copy=*/true));
     weights.erase(found);
-    if (int8_scale_size) model->round_to_int8(key, *int8_scale_size);
+    if (round) round(key);
   }
   if (!weights.empty()) {
     throw std::runtime_error(weights.begin()->second.file.string() + ": tensor \"" +

@@ -416,6 +416,8 @@ class Info(CommandTest):
         self.assertTrue(info["torch"].startswith("2.11"))
         self.assertIn("cpu", info["operators"]["gated_delta_rule_forward"])
         self.assertEqual(info["operators"]["chunk_gated_delta_rule"], ["composed"])
+        dtypes = {"fp32", "bf16", "fp16"}  # as the options name them
+        self.assertEqual(set(info["torch_kernels"]["matrix_products"]), dtypes)
 
     def test_text(self):
         text = self.assert_succeeds(gdn("info")).decode()

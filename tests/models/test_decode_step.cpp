@@ -81,7 +81,8 @@ INSTANTIATE_TEST_SUITE_P(GateAndWithout, DecodeSteps, ::testing::Bool());
 
 /// The forward computes with the rounded weights too: what is left are sums in another order.
 TEST_P(DecodeSteps, EqualTheForwardInInt8) {
-  for (const auto& key : model_->named_parameters().keys()) model_->round_to_int8(key, 32);
+  const auto round = model_->int8_rounding(32);
+  for (const auto& key : model_->named_parameters().keys()) round(key);
   DecodeStep step(model_, prefilled(prompt_));
   const at::Tensor* joined = model_->named_buffers().find("model.layers.0.attn.k_proj.scales");
   ASSERT_NE(joined, nullptr);

@@ -31,6 +31,11 @@ void for_row_blocks(const at::Tensor& weight, const Body& body) {
 
 }  // namespace
 
+bool is_int8_scale_size(int64_t scale_size) {
+  const bool power = (scale_size & (scale_size - 1)) == 0;
+  return scale_size == 0 || (scale_size >= kSmallestGroup && power);
+}
+
 int64_t int8_scale_size(int64_t D, int64_t groups) {
   if (groups == 1) return D;
   int64_t size = kSmallestGroup;
@@ -42,9 +47,8 @@ Int8Weight round_to_int8(const at::Tensor& weight, int64_t scale_size) {
   constexpr std::string_view kOp = "round_to_int8";
   check_floating(kOp, "weight", weight);
   check_shape(kOp, "weight", weight, {-1, -1}, "[N, D]");
-  const bool power = (scale_size & (scale_size - 1)) == 0;
-  if (scale_size != 0 && (scale_size < kSmallestGroup || !power)) {
-    reject(kOp, "scale_size", "0 or a power of two of at least 32", std::to_string(scale_size));
+  if (!is_int8_scale_size(scale_size)) {
+    reject(kOp, "scale_size", kInt8ScaleSizes, std::to_string(scale_size));
   }
   const at::NoGradGuard no_grad;
   const int64_t D = weight.size(1), Q = scale_size == 0 ? D : std::min(scale_size, D);

@@ -14,6 +14,10 @@ struct Int8Weight {
   at::Tensor scales;  ///< [N, ceil(D / Q)] fp32
 };
 
+/// What scale_size, and so the command's --weight-group, may be.
+inline constexpr std::string_view kInt8ScaleSizes = "0 or a power of two of at least 32";
+bool is_int8_scale_size(int64_t scale_size);
+
 /// Q: all that have so many groups mean the same.
 int64_t int8_scale_size(int64_t D, int64_t groups);
 

@@ -35,7 +35,8 @@ class GatedDeltaNetCache(Cache):
         self.seen_tokens = 0
         """Tokens of each row so far, padding included."""
         self.step: Any = None
-        """Of decoding.py: what is captured for these tensors, or the tensors of the last token."""
+        """Of decoding.py: the step for these tensors, the tensors of the last token, or why there
+        is no step."""
 
     def layer_cache(self, layer_idx: int) -> LayerCache:
         """The part of one layer, made when first asked for."""

@@ -1,15 +1,17 @@
-"""One token further for every row of a batch, as one CUDA graph.
+"""One token further for every row of a batch, in as few operators as can be.
 
 The step takes five operators a layer (`torch.ops.gdn.small_batch_linear` and
 `gated_delta_rule_step`), which read weights that lie one after another, and updates the cache's own
-tensors in place. It is captured when a cache is used for the third token in a row, and replayed
-from then on.
+tensors in place. On a CPU it runs from a cache's second token on. On a GPU it is captured as a CUDA
+graph when a cache is used for the third token in a row, and replayed from then on.
 """
 
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 import gated_deltanet._library  # noqa: F401 (registers the operators)
 from gated_deltanet.layers import GatedDeltaNet
@@ -21,29 +23,86 @@ if TYPE_CHECKING:
 
 gdn = torch.ops.gdn
 
-_PLAIN = (nn.Linear, nn.Embedding, GatedDeltaNet, GatedMLP, RMSNorm, FusedRMSNormGated,
-          ShortConvolution)  # fmt: skip
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, GatedDeltaNet, GatedMLP, RMSNorm,
+          FusedRMSNormGated, ShortConvolution)  # fmt: skip
+_WIDE = (".A_log", ".dt_bias")
+_CPU_ROWS = 16  # the operators compose what has more rows, no faster than the forward
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
 def why_not(model: "GatedDeltaNetForCausalLM") -> str:
-    """Why a model cannot be decoded by a DecodeStep; empty if it can."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        return "its parameters are on several devices"
+    """Why a model cannot be decoded by a DecodeStep; empty if it can.
+
+    The step reads weights and calls no module, so whatever else a module may compute, as adapters,
+    quantised layers, parametrizations, hooks and patched forwards do, is a reason.
+    """
+    from gated_deltanet.models.gated_deltanet import modeling  # which imports this module
+
+    plain = (*_PLAIN, modeling.GatedDeltaNetBlock, modeling.GatedDeltaNetModel)
     for block in model.model.layers:
-        if not isinstance(block.attn, GatedDeltaNet):
+        if type(block) is modeling.GatedDeltaNetBlock and not isinstance(block.attn, GatedDeltaNet):
             return "a layer is attention, whose cache grows"
-        if not block.attn.use_short_conv or block.attn.q_conv1d.bias is not None:
-            return "a layer has no short convolution, or one with a bias"
     for module in model.modules():
-        # Adapters, quantised layers, hooks and patched forwards compute something else.
-        if next(module.children(), None) is None and type(module) not in _PLAIN:
-            return f"a module is a {type(module).__name__}"
+        kind = type(module).__name__
+        if module is not model and type(module) not in plain:
+            return f"a module is a {kind}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return f"a {type(module).__name__} has hooks"
-        if "base_layer" in module._modules:
-            return f"a {type(module).__name__} is an adapter"
+            return f"a {kind} has hooks"
+        if isinstance(module, GatedDeltaNet) and not module.use_short_conv:
+            return "a layer has no short convolution"
+        if getattr(module, "bias", None) is not None:
+            return f"a {kind} has a bias"
+    if any(_GLOBAL_HOOKS):
+        return "every module has hooks"
+    named = dict(model.named_parameters())
+    weights = [*named.values()]
+    if any(type(weight) is not nn.Parameter or weight.is_inference() for weight in weights):
+        return "a parameter is of another kind, or made in inference mode"
+    if not all(weight.is_contiguous() for weight in weights):
+        return "a parameter is not contiguous"
+    if len({weight.device for weight in weights}) != 1:
+        return "its parameters are on several devices"
+    if not weights[0].is_cuda and any(weight.is_shared() for weight in weights):
+        return "other processes see its parameters"
+    gates = {name: each.dtype for name, each in named.items() if name.endswith(_WIDE)}
+    dtypes = {each.dtype for name, each in named.items() if name not in gates}
+    if len(dtypes) != 1 or {*gates.values()} != {torch.float32}:
+        return "its parameters are not of one dtype, with gates in fp32"
     return ""
+
+
+class _Watch:
+    """Whether nobody has replaced a part of a model since why_not() was asked.
+
+    It is asked for every token: so one call compares the whole model where that can be.
+    """
+
+    def __init__(self, model: "GatedDeltaNetForCausalLM") -> None:
+        modules = [*model.modules()]
+        self.attributes = [module.__dict__ for module in modules]
+        self.hooks = [*_GLOBAL_HOOKS]
+        for module in modules:
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self.children = [module._modules for module in modules if module._modules]
+        self.seen_children = [dict(children) for children in self.children]
+        self.owners = [module._parameters for module in modules if module._parameters]
+        self.seen = self._parameters()
+        self.places = [*map(Tensor.data_ptr, self.seen)]
+
+    def _parameters(self) -> list[Tensor]:
+        return [each for owner in self.owners for each in owner.values() if each is not None]
+
+    def holds(self) -> bool:
+        """Whether the same modules have the same weights at the same place, and no hooks."""
+        if any(self.hooks) or any("forward" in attributes for attributes in self.attributes):
+            return False
+        parameters = self._parameters()
+        return (
+            self.children == self.seen_children
+            and len(parameters) == len(self.seen)
+            and all(map(is_, parameters, self.seen))
+            and [*map(Tensor.data_ptr, parameters)] == self.places
+        )
 
 
 def _join(owner: list[nn.Module], name: str = "weight") -> Tensor:
@@ -67,47 +126,53 @@ def _join(owner: list[nn.Module], name: str = "weight") -> Tensor:
 class _Layer:
     """What the step reads of a block, and its part of the cache."""
 
-    def __init__(self, block: Any, cached: Any) -> None:
+    def __init__(self, block: Any) -> None:
         attn, mlp = block.attn, block.mlp
+        H, HV, K, V = attn.num_heads, attn.num_v_heads, attn.head_k_dim, attn.head_v_dim
+        self.q_shape, self.v_shape = (-1, 1, H, K), (-1, 1, HV, V)
+        self.sizes = [H * K, H * K, HV * V, *([HV * V] if attn.use_gate else []), HV, HV]
         projections = [attn.q_proj, attn.k_proj, attn.v_proj]
         if attn.use_gate:
             projections.append(attn.g_proj)
-        convolutions = [attn.q_conv1d, attn.k_conv1d, attn.v_conv1d]
-        self.block = block
+        self.attn_norm, self.mlp_norm, self.o_norm = block.attn_norm, block.mlp_norm, attn.o_norm
         self.in_proj = _join([*projections, attn.a_proj, attn.b_proj])
-        self.conv_weight = _join(convolutions).squeeze(1)
+        self.conv_weight = _join([attn.q_conv1d, attn.k_conv1d, attn.v_conv1d]).squeeze(1)
+        self.A_log, self.dt_bias = attn.A_log, attn.dt_bias
+        self.allow_neg_eigval = attn.allow_neg_eigval
+        self.o_proj = attn.o_proj.weight
         self.gate_up_proj = _join([mlp.gate_proj, mlp.up_proj])
-        self.conv_state = torch.cat([cached.conv_q, cached.conv_k, cached.conv_v], 1)
-        channels = [convolution.weight.shape[0] for convolution in convolutions]
+        self.down_proj = mlp.down_proj.weight
+        self.conv_state = self.state = torch.empty(0)
+
+    def take(self, cached: Any) -> None:
+        """The cached tensors become views of the step's."""
+        parts = [cached.conv_q, cached.conv_k, cached.conv_v]
+        self.conv_state = torch.cat(parts, 1)
+        channels = [part.shape[1] for part in parts]
         cached.conv_q, cached.conv_k, cached.conv_v = self.conv_state.split(channels, 1)
-        cached.recurrent_state = cached.recurrent_state.contiguous()
-        self.state = cached.recurrent_state
+        self.state = cached.recurrent_state = cached.recurrent_state.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, hidden_size] -> [B, hidden_size]."""
-        attn, norm, mlp = self.block.attn, self.block.attn_norm, self.block.mlp
-        H, HV, K, V = attn.num_heads, attn.num_v_heads, attn.head_k_dim, attn.head_v_dim
         projected = gdn.small_batch_linear(
-            x, self.in_proj, norm.weight, norm.eps, conv_weight=self.conv_weight,
-            conv_state=self.conv_state, overlap=True,
+            x, self.in_proj, self.attn_norm.weight, self.attn_norm.eps,
+            conv_weight=self.conv_weight, conv_state=self.conv_state, overlap=True,
         )  # fmt: skip
-        sizes = [H * K, H * K, HV * V, *([HV * V] if attn.use_gate else []), HV, HV]
-        q, k, v, *gate, a, b = projected.split(sizes, 1)
+        q, k, v, *gate, a, b = torch.split_with_sizes(projected, self.sizes, 1)
         o = gdn.gated_delta_rule_step(
-            q.unflatten(1, (1, H, K)), k.unflatten(1, (1, H, K)), v.unflatten(1, (1, HV, V)),
-            a.unsqueeze(1), b.unsqueeze(1), self.state, attn.A_log, attn.dt_bias,
-            attn.allow_neg_eigval, overlap=True,
+            q.view(self.q_shape), k.view(self.q_shape), v.view(self.v_shape),
+            a.unsqueeze(1), b.unsqueeze(1), self.state, self.A_log, self.dt_bias,
+            self.allow_neg_eigval, overlap=True,
         )  # fmt: skip
         x = gdn.small_batch_linear(
-            o.flatten(1), attn.o_proj.weight, attn.o_norm.weight, attn.o_norm.eps,
+            o.flatten(1), self.o_proj, self.o_norm.weight, self.o_norm.eps,
             gate=gate[0] if gate else None, residual=x, overlap=True,
         )  # fmt: skip
-        norm = self.block.mlp_norm
         hidden = gdn.small_batch_linear(
-            x, self.gate_up_proj, norm.weight, norm.eps, swiglu=True,
+            x, self.gate_up_proj, self.mlp_norm.weight, self.mlp_norm.eps, swiglu=True,
             overlap=True,
         )  # fmt: skip
-        return gdn.small_batch_linear(hidden, mlp.down_proj.weight, residual=x, overlap=True)
+        return gdn.small_batch_linear(hidden, self.down_proj, residual=x, overlap=True)
 
 
 class DecodeStep:
@@ -122,17 +187,23 @@ class DecodeStep:
             raise ValueError(f"DecodeStep: {reason}")
         self.embeddings, self.norm = model.model.embeddings, model.model.norm
         self.head = model.lm_head
-        self.layers = [
-            _Layer(block, cached)
-            for block, cached in zip(model.model.layers, cache.layers, strict=True)
-        ]
+        # Weights that inference mode had made could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = [_Layer(block) for block in model.model.layers]
+        self.watch = _Watch(model)
+        self.take(cache)
+
+    def take(self, cache: GatedDeltaNetCache) -> None:
+        """From now on the step is for this cache's tensors."""
+        for layer, cached in zip(self.layers, cache.layers, strict=True):
+            layer.take(cached)
         self.used = tensors_of(cache)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tokens = self.logits = torch.empty(0)
 
-    def serves(self, model: "GatedDeltaNetForCausalLM", cache: GatedDeltaNetCache) -> bool:
-        """Whether it is this model's, and the cache still has the tensors that it updates."""
-        return self.head is model.lm_head and same_tensors(self.used, tensors_of(cache))
+    def serves(self, model: "GatedDeltaNetForCausalLM") -> bool:
+        """Whether it is this model's, of which nothing has been replaced."""
+        return self.head is model.lm_head and self.watch.holds()
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
@@ -180,25 +251,36 @@ def tensors_of(cache: GatedDeltaNetCache) -> list[Any]:
     ]
 
 
-def same_tensors(a: list[Any], b: list[Any]) -> bool:
+def same_tensors(a: list[Any] | None, b: list[Any]) -> bool:
     """Whether both name the same objects."""
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return a is not None and len(a) == len(b) and all(map(is_, a, b))
 
 
 def decode(model: "GatedDeltaNetForCausalLM", ids: Tensor, cache: Any) -> Tensor | None:
-    """Logits [B, vocab_size] after ids [B, 1] from a captured step, or None where there is none.
+    """Logits [B, vocab_size] after ids [B, 1] from a step, or None where there is none.
 
-    Beam search and the like give a cache other tensors at every step, and a capture would be for
-    nothing: so it waits until a cache has kept its tensors from one token to the next.
+    Beam search and the like give a cache other tensors at every token. On a CPU a step takes them;
+    on a GPU a capture would be for nothing, so it waits until a cache has kept its tensors from one
+    token to the next. A cache that met a model without a step gets none any more.
     """
-    if not isinstance(cache, GatedDeltaNetCache) or not cache.layers:
+    if not isinstance(cache, GatedDeltaNetCache) or type(ids) is not Tensor:
         return None
-    step = cache.step
-    if isinstance(step, DecodeStep) and step.serves(model, cache):
-        return step.replay(ids[:, 0])
-    tensors = tensors_of(cache)
-    if any(tensor is None for tensor in tensors):
+    step, tensors = cache.step, tensors_of(cache)
+    if isinstance(step, str) or not tensors or any(tensor is None for tensor in tensors):
         return None
-    settled = isinstance(step, list) and same_tensors(step, tensors)
-    cache.step = DecodeStep(model, cache) if settled and not why_not(model) else tensors
-    return cache.step.replay(ids[:, 0]) if isinstance(cache.step, DecodeStep) else None
+    if tensors[0].shape[0] != ids.shape[0] or model.lm_head.weight.device != ids.device:
+        return None  # the forward says what is wrong
+    if not ids.is_cuda and ids.shape[0] > _CPU_ROWS:
+        return None
+    kept = same_tensors(step.used if isinstance(step, DecodeStep) else step, tensors)
+    if ids.is_cuda and not kept:
+        cache.step = tensors
+        return None
+    if not isinstance(step, DecodeStep) or not step.serves(model):
+        reason = why_not(model)
+        cache.step = step = reason or DecodeStep(model, cache)
+        if reason:
+            return None
+    elif not kept:
+        step.take(cache)
+    return step.replay(ids[:, 0]) if ids.is_cuda else step.forward(ids[:, 0])

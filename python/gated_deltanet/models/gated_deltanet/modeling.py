@@ -300,16 +300,21 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
     def _decode(
         self, ids: Tensor | None, attention_mask: Tensor | None, cache: GatedDeltaNetCache | None
     ) -> Tensor | None:
-        """Logits [B, 1, vocab_size] of a single token of each row, from a CUDA graph where that is
-        possible (decoding.py), or None.
+        """Logits [B, 1, vocab_size] of a single token of each row, in the few operators of
+        decoding.py where that is possible, or None.
         """
-        if cache is None or ids is None or not ids.is_cuda or ids.ndim != 2 or ids.shape[1] != 1:
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if cache is None or ids is None or ids.ndim != 2 or ids.shape[1] != 1:
             return None
-        if torch.is_autocast_enabled("cuda") or self.config.output_hidden_states:
+        kind = ids.device.type
+        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
             return None
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        if self.config.output_hidden_states:
+            return None
+        name = type(self).__name__
+        check_ids(name, "input_ids", ids, self.config.vocab_size)
+        if attention_mask is not None and find_padding(name, attention_mask, ids.shape[0], 1):
             return None
         logits = decode(self, ids, cache)
         if logits is None:
