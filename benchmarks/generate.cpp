@@ -68,9 +68,8 @@ int main(int argc, char** argv) {
                            : type == "fp16" ? at::kHalf
                                             : at::kFloat);
   if (type == "int8") {
-    for (const std::string& key : model->named_parameters().keys()) {
-      model->round_to_int8(key, std::atoll(argument(7, "128").c_str()));
-    }
+    const auto round = model->int8_rounding(std::atoll(argument(7, "128").c_str()));
+    for (const std::string& key : model->named_parameters().keys()) round(key);
   }
   std::printf("%s, %s, %.0f M parameters, made in %.1f s\n", device.device.str().c_str(),
               type.c_str(), static_cast<double>(model->parameter_count()) * 1e-6,
