@@ -3,6 +3,7 @@
 // of the plain loops computed in fp32, which round inputs and outputs to the same dtype.
 
 #include <cmath>
+#include <limits>
 #include <random>
 #include <support/gated_delta_rule_case.h>
 #include <support/kernel.h>
@@ -15,6 +16,7 @@
 #include <gdn/kernels/cpu/column_slices.h>
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 #include <gdn/kernels/reference/gated_delta_rule.h>
+#include <gdn/kernels/shares.h>
 
 namespace gdn::test {
 namespace {
@@ -39,17 +41,33 @@ void forward_for_many_threads(const kernels::GatedDeltaRuleForward& problem) {
   cpu::chunk_gated_delta_rule(p);
 }
 
-/// More threads than value heads, so that each is cut into slices of its columns.
-void forward_by_slices(const kernels::GatedDeltaRuleForward& problem) {
+/// `kThreads` threads, as torch's pool shares work between them.
+template <int64_t kThreads>
+void on_threads(int64_t count, kernels::FunctionRef<void(int64_t, int64_t)> body) {
+  kernels::Shares shares(count, kThreads);
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < kThreads; ++i) threads.emplace_back([&, i] { shares.work(i, body); });
+  for (std::thread& thread : threads) thread.join();
+}
+template <int64_t kThreads>
+void forward_on(const kernels::GatedDeltaRuleForward& problem) {
   kernels::GatedDeltaRuleForward p = problem;
-  p.threads = 16 * p.N * p.HV;
+  p.threads = kThreads;
+  p.parallel_for = on_threads<kThreads>;
   cpu::chunk_gated_delta_rule(p);
 }
+template <int64_t kThreads>
+void backward_on(const kernels::GatedDeltaRuleBackward& problem) {
+  kernels::GatedDeltaRuleBackward p = problem;
+  p.threads = kThreads;
+  p.parallel_for = on_threads<kThreads>;
+  cpu::chunk_gated_delta_rule_backward(p);
+}
 
-/// More threads than key heads, so that a segment is gone through in phases.
+/// Cut as for 16 threads, but one does it all, with one set of buffers.
 void backward_by_phases(const kernels::GatedDeltaRuleBackward& problem) {
   kernels::GatedDeltaRuleBackward p = problem;
-  p.threads = 16 * p.N * p.HV;
+  p.threads = 16;
   cpu::chunk_gated_delta_rule_backward(p);
 }
 
@@ -217,27 +235,50 @@ TEST(GatedDeltaRuleSimd, TheSameBitsOnEveryRunAndForEveryPartition) {
   EXPECT_EQ(run(c, inputs, forward_for_many_threads, cpu::chunk_gated_delta_rule_backward), one);
 }
 
-TEST(GatedDeltaRuleSimd, SlicesOfColumnsAndPhasesChangeNoBit) {
-  for (const int64_t V : {64, 100, 200}) {
-    for (const bool packed : {false, true}) {
-      Case c{.B = packed ? 1 : 2,
-             .T = kernels::kSegmentTokens + 90,  // segment states as well
-             .H = 1,
-             .HV = 2,
-             .K = 20,
-             .V = V,
-             .chunk_size = 64,
-             .dtype = packed ? DType::bf16 : DType::f32,
-             .qk_l2norm = true};
-      c.states = true;
-      c.state_v_first = packed;
-      if (packed) c.cu_seqlens = {0, 3, 3, c.T - 5, c.T};
-      const GatedDeltaRuleInputs inputs = random_inputs(c);
-      EXPECT_EQ(run(c, inputs, forward_by_slices, backward_by_phases, two_uneven_ranges),
-                run(c, inputs, cpu::chunk_gated_delta_rule, cpu::chunk_gated_delta_rule_backward))
-          << "V " << V << ", packed " << packed;
-    }
+TEST(GatedDeltaRuleSimd, FewHeadsHaveTheSameBitsOnAnyNumberOfThreads) {
+  const int64_t segments = 2 * kernels::kSegmentTokens + 90;
+  const DType f32 = DType::f32, bf16 = DType::bf16;
+  const std::vector<Case> cases = {
+      {.T = segments, .K = 20, .V = 48, .chunk_size = 64, .dtype = f32, .qk_l2norm = true},
+      {.T = segments,
+       .HV = 2,
+       .K = 16,
+       .V = 100,
+       .cu_seqlens = {0, 3, 3, 90, segments - 5, segments},
+       .chunk_size = 64,
+       .dtype = bf16,
+       .qk_l2norm = true,
+       .state_v_first = true},
+      {.B = 2, .T = 70, .HV = 3, .K = 64, .V = 256, .chunk_size = 32, .dtype = f32},
+      {.T = 130, .H = 2, .HV = 4, .K = 33, .V = 120, .dtype = f32, .states = false},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(testing::Message() << c);
+    const GatedDeltaRuleInputs inputs = random_inputs(c);
+    const Results one = run(c, inputs, forward_on<1>, backward_on<1>);
+    EXPECT_EQ(run(c, inputs, forward_on<2>, backward_on<2>), one);
+    EXPECT_EQ(run(c, inputs, forward_on<3>, backward_on<3>), one);
+    EXPECT_EQ(run(c, inputs, forward_on<7>, backward_on<7>), one);
+    EXPECT_EQ(run(c, inputs, forward_on<16>, backward_on<16>), one);
   }
+}
+
+TEST(GatedDeltaRuleSimd, NotANumberStaysWhereItIsOnAnyNumberOfThreads) {
+  const Case c{.T = 130, .HV = 2, .K = 16, .V = 120, .chunk_size = 64, .dtype = DType::f32};
+  GatedDeltaRuleInputs inputs = random_inputs(c);
+  // Token 1 of the first head, in the second of three slices, whose buffers the third uses next.
+  inputs.d_o[1 * 2 * 120 + 75] = std::numeric_limits<double>::quiet_NaN();
+  const auto marked = [](Results results) {
+    for (auto& [name, values] : results) {
+      for (double& value : values) value = std::isnan(value) ? 1e300 : value;
+    }
+    return results;
+  };
+  for_each_target([&] {
+    EXPECT_EQ(
+        marked(run(c, inputs, cpu::chunk_gated_delta_rule, backward_by_phases)),
+        marked(run(c, inputs, cpu::chunk_gated_delta_rule, cpu::chunk_gated_delta_rule_backward)));
+  });
 }
 
 TEST(ColumnSlices, AreAsManyAsEndSoonest) {
@@ -258,6 +299,13 @@ TEST(ColumnSlices, AreAsManyAsEndSoonest) {
     }
     EXPECT_EQ(next, V);
   }
+}
+
+TEST(InPhases, WhereHalfOfTheThreadsWouldBeIdle) {
+  EXPECT_FALSE(cpu::in_phases(/*tasks=*/1, /*threads=*/1));
+  EXPECT_TRUE(cpu::in_phases(1, 2));
+  EXPECT_TRUE(cpu::in_phases(8, 16));
+  EXPECT_FALSE(cpu::in_phases(9, 16));
 }
 
 }  // namespace

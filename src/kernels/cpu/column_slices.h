@@ -1,4 +1,4 @@
-// How many slices of V's columns a value head is cut into, so that few heads keep many cores busy.
+// How work is cut so that few heads keep many cores busy: slices of V's columns, and phases.
 #pragma once
 
 #include <algorithm>
@@ -41,5 +41,10 @@ inline Columns column_slice(int64_t V, int64_t slices, int64_t index) {
   const int64_t end = std::min(V, blocks * (index + 1) / slices * kAlign);
   return {begin, end - begin};
 }
+
+/// Whether the backward goes through a segment in phases, where `tasks` are all that it has
+/// otherwise. In phases the tiles of a segment leave the L2 cache and sequences come one after the
+/// other, so it takes half of the threads idle to gain.
+inline bool in_phases(int64_t tasks, int64_t threads) { return 2 * tasks <= threads; }
 
 }  // namespace gdn::kernels::cpu

@@ -23,15 +23,17 @@
 //
 // The states are replayed a segment at a time from those that the forward kept. Work is spread over
 // (sequence, key head): the value heads of a group share the scores, and add up dQ, dK and the
-// gradients of the scores in a fixed order. Where these are few, it goes through a segment in three
-// phases instead, and the bits stay: the scores of each (key head, chunk); the replay and the chain
-// of dS of each (value head, slice of V's columns), which do not depend on each other; then all
-// that is left, which is independent for each (key head, chunk).
+// gradients of the scores in a fixed order. Where these are few, it goes through a segment in
+// phases instead, and the bits stay: the scores of each (key head, chunk); the replay of each
+// (value head, slice of V's columns), while the chain of dS goes through the segment behind in the
+// same slices; then all that is left, which is independent for each (key head, chunk).
 
 #include <gdn/kernels/cpu/gated_delta_rule.h>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/kernels/cpu/gated_delta_rule_backward.cpp"
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
@@ -462,145 +464,220 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
   store_state_gradients(p, n, key_head * group, w.d_S);
 }
 
-/// Buffers for one segment of one sequence, all heads.
-struct SegmentWorkspace {
-  /// What the second phase leaves of one chunk of a value head for the third.
-  struct Left {
-    ChunkTiles chunk;
-    Tile d_u, d_v;  // [C, V]
+/// What the phases keep of one segment of a sequence, all heads.
+struct SegmentTiles {
+  /// Of one chunk of a value head.
+  struct Values {
+    ChunkTiles chunk;  // from the replay
+    Tile d_S;          // [K, V], of the state at the chunk's end
+    Tile d_u, d_v;     // [C, V], from the chain of dS
   };
-  Workspace memory;
   std::vector<std::vector<SharedTiles>> shared;  // [key head][chunk]
-  std::vector<std::vector<Left>> left;           // [value head][chunk]
-  // [value head][chunk + 1]: dS at the chunks' starts, and at the end of the last.
-  std::vector<std::vector<Tile>> d_S;
+  std::vector<std::vector<Values>> values;       // [value head][chunk]
 
   static int64_t floats(const GatedDeltaRuleBackward& p, int64_t count) {
     const int64_t state = Workspace::tile_floats(p.K, p.V);
     const int64_t values = Workspace::tile_floats(p.chunk_size, p.V);
-    return count * p.H * SharedTiles::floats(p.chunk_size, p.K) +
-           p.HV * (count * (2 * state + 3 * values) + state);
+    return count * (p.H * SharedTiles::floats(p.chunk_size, p.K) + p.HV * (2 * state + 3 * values));
   }
-  SegmentWorkspace(const GatedDeltaRuleBackward& p, int64_t count)
-      : memory(floats(p, count)), shared(p.H), left(p.HV), d_S(p.HV) {
+  SegmentTiles(Workspace& w, const GatedDeltaRuleBackward& p, int64_t count)
+      : shared(p.H), values(p.HV) {
     const int64_t C = p.chunk_size, K = p.K, V = p.V;
     for (auto& chunks : shared) {
-      for (int64_t c = 0; c < count; ++c) chunks.emplace_back(memory, C, K);
+      for (int64_t c = 0; c < count; ++c) chunks.emplace_back(w, C, K);
     }
-    for (auto& chunks : left) {
+    for (auto& chunks : values) {
       for (int64_t c = 0; c < count; ++c) {
-        chunks.push_back(
-            {{memory.tile(K, V), memory.tile(C, V)}, memory.tile(C, V), memory.tile(C, V)});
+        chunks.push_back({{w.tile(K, V), w.tile(C, V)}, w.tile(K, V), w.tile(C, V), w.tile(C, V)});
       }
-    }
-    for (auto& states : d_S) {
-      for (int64_t c = 0; c <= count; ++c) states.push_back(memory.tile(K, V));
     }
   }
 };
 
 /// Buffers of one thread in the phases.
-struct PhaseWorkspace {
+struct ThreadWorkspace {
   Workspace memory;
   BackwardTiles tiles;
   Tile kT;
-  explicit PhaseWorkspace(const GatedDeltaRuleBackward& p)
+  explicit ThreadWorkspace(const GatedDeltaRuleBackward& p)
       : memory(BackwardTiles::floats(p.chunk_size, p.K, p.V) +
                Workspace::tile_floats(p.K, p.chunk_size)),
         tiles(memory, p.chunk_size, p.K, p.V),
         kT(memory.tile(p.K, p.chunk_size)) {}
 };
 
-/// Replay and chain of dS through the chunks of a segment, `columns` of value head h.
-void state_phase(const GatedDeltaRuleBackward& p, const float* first_state,
-                 const std::vector<Chunk>& chunks, int64_t h, const Columns& columns,
-                 const SegmentWorkspace& segment, BackwardTiles& w) {
-  GatedDeltaRuleBackward slice = p;  // as if these were all columns
+/// Buffers of the phases: two segments, since one is replayed while the chain of dS goes through
+/// the one behind it.
+struct PhasesWorkspace {
+  Workspace memory;
+  std::vector<SegmentTiles> segments;
+  std::vector<Tile> d_initial;                            // [K, V], a value head each
+  std::vector<std::unique_ptr<ThreadWorkspace>> threads;  // each made by the thread that needs it
+
+  PhasesWorkspace(const GatedDeltaRuleBackward& p, int64_t kept, int64_t count)
+      : memory(kept * SegmentTiles::floats(p, count) + p.HV * Workspace::tile_floats(p.K, p.V),
+               p.parallel_for),
+        threads(static_cast<size_t>(p.threads)) {
+    for (int64_t i = 0; i < kept; ++i) segments.emplace_back(memory, p, count);
+    for (int64_t h = 0; h < p.HV; ++h) d_initial.push_back(memory.tile(p.K, p.V));
+  }
+  SegmentTiles& of(int64_t segment) {
+    return segments[static_cast<size_t>(segment) % segments.size()];
+  }
+
+  /// Calls body(i, the thread's buffers) for every i below `count`; what comes first starts first.
+  template <typename Body>
+  void for_each(const GatedDeltaRuleBackward& p, int64_t count, const Body& body) {
+    std::atomic<int64_t> next = 0;
+    p.parallel_for(std::min(count, p.threads), [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        auto& own = threads[static_cast<size_t>(thread)];
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+          if (own == nullptr) own = std::make_unique<ThreadWorkspace>(p);
+          body(i, *own);
+        }
+      }
+    });
+  }
+};
+
+template <typename View>
+void add_chunk(Ahead& ahead, const View& view, DType dtype, const Chunk& c, int64_t h,
+               int64_t columns) {
+  add_tokens(ahead, view, dtype, c.b, c.t, h, c.tokens, columns);
+}
+
+/// `columns` of V as if these were all.
+GatedDeltaRuleBackward slice_of(const GatedDeltaRuleBackward& p, const Columns& columns) {
+  GatedDeltaRuleBackward slice = p;
   slice.V = columns.count;
   slice.v = columns_from(p.v, p.dtype, columns.first);
   slice.d_o = columns_from(p.d_o, p.dtype, columns.first);
   slice.d_v = columns_from(p.d_v, p.dtype, columns.first);
-  const auto part = [&](const Tile& tile) { return Tile{tile.data + columns.first, tile.stride}; };
+  return slice;
+}
+Tile slice_of(const Tile& tile, const Columns& columns) {
+  return {tile.data + columns.first, tile.stride};
+}
+
+/// Replay of a segment's chunks from the state at its start, `columns` of value head h.
+void replay_phase(const GatedDeltaRuleBackward& p, const float* first_state,
+                  const std::vector<Chunk>& chunks, int64_t h, const Columns& columns,
+                  const SegmentTiles& segment, BackwardTiles& w) {
+  const GatedDeltaRuleBackward slice = slice_of(p, columns);
   const auto& shared = segment.shared[h / (p.HV / p.H)];
-  const auto& left = segment.left[h];
-  const auto& d_S = segment.d_S[h];
-  load_state(first_state, p.K, p.V, /*v_first=*/false, columns, part(left[0].chunk.S));
+  const auto& values = segment.values[h];
+  load_state(first_state, p.K, p.V, /*v_first=*/false, columns,
+             slice_of(values[0].chunk.S, columns));
   for (size_t c = 0; c < chunks.size(); ++c) {
-    const Tile next_S = c + 1 == chunks.size() ? Tile{} : part(left[c + 1].chunk.S);
-    replay_chunk(slice, chunks[c], h, shared[c], {part(left[c].chunk.S), part(left[c].chunk.u_hat)},
-                 next_S, w);
+    const ChunkTiles chunk = {slice_of(values[c].chunk.S, columns),
+                              slice_of(values[c].chunk.u_hat, columns)};
+    const bool last = c + 1 == chunks.size();
+    w.ahead.clear();
+    if (!last) add_chunk(w.ahead, slice.v, p.dtype, chunks[c + 1], h, columns.count);
+    replay_chunk(slice, chunks[c], h, shared[c], chunk,
+                 last ? Tile{} : slice_of(values[c + 1].chunk.S, columns), w);
   }
+}
+
+/// The chain of dS back through a segment's chunks to `d_start`, the gradient of the state at its
+/// start; `columns` of value head h.
+void chain_phase(const GatedDeltaRuleBackward& p, const std::vector<Chunk>& chunks, int64_t h,
+                 const Columns& columns, const SegmentTiles& segment, const Tile& d_start,
+                 BackwardTiles& w) {
+  const GatedDeltaRuleBackward slice = slice_of(p, columns);
+  const auto& shared = segment.shared[h / (p.HV / p.H)];
+  const auto& values = segment.values[h];
   for (size_t c = chunks.size(); c-- > 0;) {
+    const Tile d_S = slice_of(values[c].d_S, columns);
+    w.ahead.clear();
+    if (c > 0) add_chunk(w.ahead, slice.d_o, p.dtype, chunks[c - 1], h, columns.count);
+    add_chunk(w.ahead, slice.d_v, p.dtype, chunks[c], h, columns.count);
     begin_reverse(slice, chunks[c], h, shared[c], w);
-    value_gradients(slice, chunks[c], h, part(d_S[c + 1]), shared[c], w);
+    value_gradients(slice, chunks[c], h, d_S, shared[c], w);
+    const Tile d_u = slice_of(values[c].d_u, columns), d_v = slice_of(values[c].d_v, columns);
     for (int64_t i = 0; i < chunks[c].rows; ++i) {
-      scale_row(1.0F, w.d_u.row(i), 0.0F, part(left[c].d_u).row(i), padded(columns.count));
-      scale_row(1.0F, w.d_v.row(i), 0.0F, part(left[c].d_v).row(i), padded(columns.count));
+      scale_row(1.0F, w.d_u.row(i), 0.0F, d_u.row(i), padded(columns.count));
+      scale_row(1.0F, w.d_v.row(i), 0.0F, d_v.row(i), padded(columns.count));
     }
-    state_gradient(slice, chunks[c], part(d_S[c + 1]), part(d_S[c]), shared[c], w);
+    state_gradient(slice, chunks[c], d_S, slice_of(c > 0 ? values[c - 1].d_S : d_start, columns),
+                   shared[c], w);
   }
 }
 
 /// The gradients of one chunk of a key head that its value heads' states and values give.
 void gradient_phase(const GatedDeltaRuleBackward& p, const Chunk& chunk, size_t c, int64_t key_head,
-                    const SegmentWorkspace& segment, BackwardTiles& w) {
+                    const SegmentTiles& segment, BackwardTiles& w) {
   const SharedTiles& shared = segment.shared[key_head][c];
   const int64_t group = p.HV / p.H;
   for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h) {
-    const auto& left = segment.left[h][c];
+    const auto& values = segment.values[h][c];
     begin_reverse(p, chunk, h, shared, w);
-    key_gradients(p, chunk, h, left.chunk, segment.d_S[h][c + 1], left.d_v, left.d_u, shared, w);
+    key_gradients(p, chunk, h, values.chunk, values.d_S, values.d_v, values.d_u, shared, w);
   }
   finish_key_chunk(p, chunk, key_head, shared, w.ahead);
 }
 
-/// One sequence, all heads, a segment at a time in three phases.
-void backward_by_phases(const GatedDeltaRuleBackward& p, int64_t n, SegmentWorkspace& w) {
+/// One sequence, all heads, a segment at a time in phases.
+void backward_by_phases(const GatedDeltaRuleBackward& p, int64_t n, PhasesWorkspace& w) {
   const Sequence seq = sequence(p, n);
-  const int64_t slices = column_slices(p.HV, p.V, p.threads);
-  const auto in_parallel = [&](int64_t count, const auto& body) {
-    p.parallel_for(count, [&](int64_t begin, int64_t end) {
-      PhaseWorkspace workspace(p);
-      for (int64_t i = begin; i < end; ++i) body(i, workspace);
-    });
-  };
-  const auto starts = [&] {
+  const int64_t segments = segments_of(seq), slices = column_slices(p.HV, p.V, p.threads);
+  // The gradients of the states at the end of a segment; of the initial ones before the first.
+  const auto d_ends = [&](int64_t segment) {
+    if (segment < 0) return w.d_initial;
     std::vector<Tile> tiles;
-    for (const auto& states : w.d_S) tiles.push_back(states[0]);
+    const size_t last = chunks_of_segment(p, seq, segment).size() - 1;
+    for (const auto& chunks : w.of(segment).values) tiles.push_back(chunks[last].d_S);
     return tiles;
   };
-  load_state_gradients(p, n, 0, starts());
-  for (int64_t segment = segments_of(seq) - 1; segment >= 0; --segment) {
+  const auto scores = [&](int64_t segment) {
     const auto chunks = chunks_of_segment(p, seq, segment);
     const auto count = static_cast<int64_t>(chunks.size());
-    // The start of the segment behind is the end of this one's last chunk.
-    for (auto& states : w.d_S) std::swap(states[0], states[chunks.size()]);
-    in_parallel(p.H * count, [&](int64_t i, PhaseWorkspace& own) {
-      begin_key_chunk(p, chunks[i % count], i / count, own.kT, w.shared[i / count][i % count],
-                      own.tiles.ahead);
+    w.for_each(p, p.H * count, [&](int64_t i, ThreadWorkspace& own) {
+      begin_key_chunk(p, chunks[i % count], i / count, own.kT,
+                      w.of(segment).shared[i / count][i % count], own.tiles.ahead);
     });
-    in_parallel(p.HV * slices, [&](int64_t i, PhaseWorkspace& own) {
-      const int64_t h = i / slices;
-      state_phase(p, segment_state(p, n, segment, h), chunks, h,
-                  column_slice(p.V, slices, i % slices), w, own.tiles);
+  };
+  // The chain of dS through a segment, and at the same time the replay of the one before it.
+  const auto states = [&](int64_t segment) {
+    const int64_t tasks = p.HV * slices, before = segment - 1;
+    const int64_t chains = segment < segments ? tasks : 0, replays = segment > 0 ? tasks : 0;
+    const auto d_starts = d_ends(before);
+    w.for_each(p, chains + replays, [&](int64_t i, ThreadWorkspace& own) {
+      const int64_t h = i % tasks / slices;
+      const Columns columns = column_slice(p.V, slices, i % slices);
+      if (i < chains) {
+        chain_phase(p, chunks_of_segment(p, seq, segment), h, columns, w.of(segment), d_starts[h],
+                    own.tiles);
+      } else {
+        replay_phase(p, segment_state(p, n, before, h), chunks_of_segment(p, seq, before), h,
+                     columns, w.of(before), own.tiles);
+      }
     });
-    in_parallel(p.H * count, [&](int64_t i, PhaseWorkspace& own) {
-      gradient_phase(p, chunks[i % count], i % count, i / count, w, own.tiles);
+  };
+  const auto gradients = [&](int64_t segment) {
+    const auto chunks = chunks_of_segment(p, seq, segment);
+    const auto count = static_cast<int64_t>(chunks.size());
+    w.for_each(p, p.H * count, [&](int64_t i, ThreadWorkspace& own) {
+      gradient_phase(p, chunks[i % count], i % count, i / count, w.of(segment), own.tiles);
     });
-  }
-  store_state_gradients(p, n, 0, starts());
-}
+  };
 
-int64_t most_chunks(const GatedDeltaRuleBackward& p) {
-  int64_t longest = 0;
-  for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).tokens);
-  return (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
+  load_state_gradients(p, n, 0, d_ends(segments - 1));
+  for (int64_t segment = segments; segment >= 0; --segment) {
+    if (segment > 0) scores(segment - 1);
+    states(segment);
+    if (segment < segments) gradients(segment);
+  }
+  store_state_gradients(p, n, 0, w.d_initial);
 }
 
 void chunk_backward(const GatedDeltaRuleBackward& p) {
-  const int64_t chunks = most_chunks(p);
-  if (2 * p.N * p.H <= p.threads) {
-    SegmentWorkspace workspace(p, chunks);
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).tokens);
+  const int64_t chunks = (std::min(longest, kSegmentTokens) + p.chunk_size - 1) / p.chunk_size;
+  if (in_phases(p.N * p.H, p.threads)) {
+    PhasesWorkspace workspace(p, longest > kSegmentTokens ? 2 : 1, chunks);
     for (int64_t n = 0; n < p.N; ++n) backward_by_phases(p, n, workspace);
     return;
   }

@@ -34,9 +34,13 @@ inline constexpr float kL2NormEps = 1e-6F;
 /// Hands out tiles of one zeroed, aligned allocation.
 class Workspace {
  public:
-  explicit Workspace(int64_t floats)
+  explicit Workspace(int64_t floats, ParallelFor parallel_for = serial_for)
       : memory_(hwy::AllocateAligned<float>(static_cast<size_t>(floats))), next_(memory_.get()) {
-    std::memset(memory_.get(), 0, static_cast<size_t>(floats) * sizeof(float));
+    constexpr int64_t kPiece = 1 << 18;  // enough to be worth another thread
+    parallel_for((floats + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
+      const int64_t count = std::min(end * kPiece, floats) - begin * kPiece;
+      std::memset(memory_.get() + begin * kPiece, 0, static_cast<size_t>(count) * sizeof(float));
+    });
   }
   static int64_t tile_floats(int64_t rows, int64_t columns) {
     return padded(rows) * tile_stride(columns);
@@ -64,7 +68,8 @@ inline Sequence sequence(const GatedDeltaRuleProblem& p, int64_t n) {
   return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
 }
 
-/// Tokens [t, t + tokens) of row b, head h, into the rows of `tile`; rows up to `rows` become zero.
+/// Tokens [t, t + tokens) of row b, head h, into the rows of `tile`; rows up to `rows` and columns
+/// up to padded(columns) become zero.
 inline void load_tokens(const ConstView4& view, DType dtype, int64_t b, int64_t t, int64_t h,
                         int64_t tokens, int64_t rows, int64_t columns, const Tile& tile) {
   const F32 d;
@@ -76,7 +81,9 @@ inline void load_tokens(const ConstView4& view, DType dtype, int64_t b, int64_t 
     for (int64_t i = 0; i < tokens; ++i, from += view.stride_t) {
       float* to = tile.row(i);
       for (int64_t j = 0; j < whole; j += lanes) hn::Store(LoadF32(d, from + j), d, to + j);
-      if (whole < columns) hn::Store(LoadF32(d, from + whole, columns - whole), d, to + whole);
+      for (int64_t j = whole; j < padded(columns); j += lanes) {
+        hn::Store(LoadF32(d, from + j, std::max<int64_t>(columns - j, 0)), d, to + j);
+      }
     }
   });
   for (int64_t i = tokens; i < rows; ++i) {

@@ -162,8 +162,9 @@ HWY_NOINLINE void matmul(Ahead& ahead, int64_t m, int64_t n, int64_t k, LeftFact
                          const Tile& c, const Factors& factors = {}) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
   const Tile& old = factors.old.data == nullptr ? c : factors.old;
-  for (int64_t column = 0; column < n; column += kMicroVectors * lanes) {
-    const int64_t vectors = std::min<int64_t>(kMicroVectors, (n - column) / lanes);
+  for (int64_t column = 0, vectors; column < n; column += vectors * lanes) {
+    const int64_t left = (n - column) / lanes;
+    vectors = left == 4 ? 2 : std::min<int64_t>(kMicroVectors, left);  // one alone would be slow
     for (int64_t i = 0; i < m; i += kMicroRows) {
       const int64_t row_end = i + kMicroRows;
       if (kSkip == Skip::c_above_diagonal && column >= row_end) continue;
