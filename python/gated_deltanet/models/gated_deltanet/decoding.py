@@ -6,6 +6,7 @@ tensors in place. On a CPU it runs from a cache's second token on. On a GPU it i
 graph when a cache is used for the third token in a row, and replayed from then on.
 """
 
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ def why_not(model: "GatedDeltaNetForCausalLM") -> str:
         return "a parameter is of another kind, or made in inference mode"
     if not all(weight.is_contiguous() for weight in weights):
         return "a parameter is not contiguous"
+    if min(weight.numel() for weight in weights) < 2:
+        return "a parameter has one element, which _Watch could take for another of its value"
     if len({weight.device for weight in weights}) != 1:
         return "its parameters are on several devices"
     if not weights[0].is_cuda and any(weight.is_shared() for weight in weights):
@@ -74,7 +77,7 @@ def why_not(model: "GatedDeltaNetForCausalLM") -> str:
 class _Watch:
     """Whether nobody has replaced a part of a model since why_not() was asked.
 
-    It is asked for every token: so one call compares the whole model where that can be.
+    It is asked for every token: so one call compares all of a kind where that can be.
     """
 
     def __init__(self, model: "GatedDeltaNetForCausalLM") -> None:
@@ -86,22 +89,29 @@ class _Watch:
         self.children = [module._modules for module in modules if module._modules]
         self.seen_children = [dict(children) for children in self.children]
         self.owners = [module._parameters for module in modules if module._parameters]
-        self.seen = self._parameters()
-        self.places = [*map(Tensor.data_ptr, self.seen)]
+        self.seen_owners = [dict(parameters) for parameters in self.owners]
+        self.weights = [*model.parameters()]
+        self.places = self._places()
 
-    def _parameters(self) -> list[Tensor]:
-        return [each for owner in self.owners for each in owner.values() if each is not None]
+    def _places(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self.weights)]
+
+    def _same_weights(self) -> bool:
+        # Dictionaries compare by identity first: the tensors' own ==, which has no truth value
+        # beyond one element, is only asked where they are others.
+        try:
+            return self.owners == self.seen_owners
+        except RuntimeError:
+            return False
 
     def holds(self) -> bool:
         """Whether the same modules have the same weights at the same place, and no hooks."""
-        if any(self.hooks) or any("forward" in attributes for attributes in self.attributes):
-            return False
-        parameters = self._parameters()
         return (
-            self.children == self.seen_children
-            and len(parameters) == len(self.seen)
-            and all(map(is_, parameters, self.seen))
-            and [*map(Tensor.data_ptr, parameters)] == self.places
+            not any(self.hooks)
+            and not any(map(dict.__contains__, self.attributes, repeat("forward")))
+            and self.children == self.seen_children
+            and self._same_weights()
+            and self._places() == self.places
         )
 
 
@@ -191,6 +201,7 @@ class DecodeStep:
         with torch.inference_mode(False), torch.no_grad():
             self.layers = [_Layer(block) for block in model.model.layers]
         self.watch = _Watch(model)
+        self.unchanged = True
         self.take(cache)
 
     def take(self, cache: GatedDeltaNetCache) -> None:
@@ -202,8 +213,14 @@ class DecodeStep:
         self.tokens = self.logits = torch.empty(0)
 
     def serves(self, model: "GatedDeltaNetForCausalLM") -> bool:
-        """Whether it is this model's, of which nothing has been replaced."""
-        return self.head is model.lm_head and self.watch.holds()
+        """Whether it is this model's, of which nothing has been replaced.
+
+        On a GPU only hooks are looked for now: the rest was compared while the GPU made the last
+        token, and shows one token late.
+        """
+        if self.graph is None:
+            self.unchanged = self.watch.holds()
+        return self.unchanged and self.head is model.lm_head and not any(self.watch.hooks)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
@@ -220,7 +237,9 @@ class DecodeStep:
         if self.graph is not None:
             self.tokens.copy_(tokens)
             self.graph.replay()
-            return self.logits.clone()
+            logits = self.logits.clone()
+            self.unchanged = self.watch.holds()  # while the GPU works, for the next token
+            return logits
         self.tokens = tokens.clone()
         stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(stream)
