@@ -9,6 +9,7 @@ median of their repetitions is printed with all CPU seconds of that repetition.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import tempfile
@@ -17,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = b"The state"
@@ -57,6 +56,8 @@ def by_command(command: str, folder: str, dtype: str, rows: int) -> Callable[[in
 
 def by_python(folder: str, dtype: str, rows: int) -> Callable[[int], None]:
     """Generation by transformers."""
+    from gated_deltanet import GatedDeltaNetForCausalLM
+
     model = GatedDeltaNetForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     ids = torch.tensor([list(PROMPT)] * rows)
 
@@ -76,6 +77,7 @@ def by_python(folder: str, dtype: str, rows: int) -> Callable[[int], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", help="libgdn_ops.so, instead of the one that is installed")
     parser.add_argument("--command", default="build/release/bin/gdn")
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=512)
@@ -85,6 +87,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.library:
+        os.environ["GDN_OPS_LIBRARY"] = os.path.abspath(args.library)
+    from gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
     torch.manual_seed(args.seed)
     config = GatedDeltaNetConfig(
         hidden_size=args.hidden,
