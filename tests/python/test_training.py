@@ -85,7 +85,7 @@ def test_accumulated_steps_equal_one_large_step(tiny_config, tmp_path):
 
 def test_lora(tiny_model, tmp_path):
     base, ids = tiny_model(), torch.randint(61, (2, 20))
-    before = base(ids).logits.detach()
+    before, exact = base(ids).logits.detach(), copy.deepcopy(base).double()(ids).logits.detach()
     targets = ["q_proj", "k_proj", "v_proj", "a_proj", "g_proj", "o_proj", "gate_proj"]
     lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(base, lora).train()
@@ -99,7 +99,9 @@ def test_lora(tiny_model, tmp_path):
     assert not torch.allclose(adapted, before, atol=1e-3)
     model.save_pretrained(tmp_path)
     with model.disable_adapter():
-        torch.testing.assert_close(model(input_ids=ids).logits, before)
+        after = model(input_ids=ids).logits
+    # The layers by themselves round otherwise than together, and no worse.
+    assert (after - exact).norm() <= 2 * (before - exact).norm()
     text = model.generate(ids[:, :4], max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert text.shape == (2, 9)
     merged = model.merge_and_unload()
