@@ -27,8 +27,8 @@ struct Block {
 };
 
 void* new_block(size_t bytes) {
-  void* data = std::aligned_alloc(kHugePage, bytes);
-  if (data == nullptr) throw std::bad_alloc();
+  void* data = nullptr;
+  if (posix_memalign(&data, kHugePage, bytes) != 0) throw std::bad_alloc();
 #ifdef __linux__
   // An advice: where it is not taken, the pages stay small.
   madvise(data, bytes, MADV_HUGEPAGE);
