@@ -73,6 +73,7 @@ struct ChunkTiles {
 /// Tiles that one chunk of a value head needs at a time.
 struct BackwardTiles {
   StateTiles state;
+  Tile kT;                           // [K, C]
   Tile decay, P, d_P, d_G, X;        // [C, C]
   Tile d_o, d_v;                     // [C, V], d_v right below d_o
   Tile d_u;                          // [C, V]
@@ -84,11 +85,12 @@ struct BackwardTiles {
 
   static int64_t floats(int64_t C, int64_t K, int64_t V) {
     const auto tile = &Workspace::tile_floats;
-    return StateTiles::floats(C, V) + 3 * tile(C, K) + 5 * tile(C, C) + tile(2 * C, V) +
-           tile(C, V) + tile(V, C) + 2 * tile(V, K);
+    return StateTiles::floats(C, V) + 3 * tile(C, K) + tile(K, C) + 5 * tile(C, C) +
+           tile(2 * C, V) + tile(C, V) + tile(V, C) + 2 * tile(V, K);
   }
   BackwardTiles(Workspace& w, int64_t C, int64_t K, int64_t V)
       : state(w, C, V),
+        kT(w.tile(K, C)),
         decay(w.tile(C, C)),
         P(w.tile(C, C)),
         d_P(w.tile(C, C)),
@@ -108,18 +110,17 @@ struct BackwardTiles {
 struct BackwardWorkspace {
   Workspace memory;
   BackwardTiles tiles;
-  Tile kT;                          // [K, C]
   std::vector<Tile> d_S;            // [K, V], a value head each
   std::vector<ChunkTiles> chunks;   // of a segment
   std::vector<SharedTiles> shared;  // likewise
 
   static int64_t floats(int64_t C, int64_t K, int64_t V, int64_t group, int64_t chunks) {
     const auto tile = &Workspace::tile_floats;
-    return BackwardTiles::floats(C, K, V) + tile(K, C) + group * tile(K, V) +
+    return BackwardTiles::floats(C, K, V) + group * tile(K, V) +
            chunks * (tile(K, V) + tile(C, V) + SharedTiles::floats(C, K));
   }
   BackwardWorkspace(int64_t C, int64_t K, int64_t V, int64_t group, int64_t count)
-      : memory(floats(C, K, V, group, count)), tiles(memory, C, K, V), kT(memory.tile(K, C)) {
+      : memory(floats(C, K, V, group, count)), tiles(memory, C, K, V) {
     for (int64_t i = 0; i < group; ++i) d_S.push_back(memory.tile(K, V));
     for (int64_t i = 0; i < count; ++i) {
       chunks.push_back({memory.tile(K, V), memory.tile(C, V)});
@@ -328,7 +329,7 @@ void store_key_gradient(const GatedDeltaRuleBackward& p, const MutableView4& out
 
 /// Queries, keys and scores of one chunk, and zeros in its sums.
 void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t key_head,
-                     const Tile& kT, SharedTiles& shared, Ahead& ahead) {
+                     SharedTiles& shared, BackwardTiles& w) {
   shared.k = below(shared.q, c.rows);
   load_tokens(p.q, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.q);
   load_tokens(p.k, p.dtype, c.b, c.t, key_head, c.tokens, c.rows, p.K, shared.k);
@@ -336,7 +337,7 @@ void begin_key_chunk(const GatedDeltaRuleBackward& p, const Chunk& c, int64_t ke
     l2_normalize(shared.q, c.rows, p.K, shared.q_rstd);
     l2_normalize(shared.k, c.rows, p.K, shared.k_rstd);
   }
-  score_products(ahead, shared.k, shared.q, c.rows, p.K, kT, shared.kk, shared.qk);
+  score_products(w.ahead, shared.k, shared.q, c.rows, p.K, w.kT, shared.kk, shared.qk);
   for (const Tile& sum : {shared.d_kk, shared.d_qk}) clear_rows(sum, c.rows, c.rows);
   for (const Tile& sum : {shared.d_q, shared.d_k}) clear_rows(sum, c.rows, p.K);
 }
@@ -365,6 +366,13 @@ std::vector<Chunk> chunks_of(int64_t b, int64_t t, int64_t tokens, int64_t chunk
   return chunks;
 }
 
+/// Adds what a chunk's tokens touch, if anything.
+template <typename View>
+void add_chunk(Ahead& ahead, const View& view, DType dtype, const Chunk& c, int64_t h,
+               int64_t columns) {
+  add_tokens(ahead, view, dtype, c.b, c.t, h, c.tokens, columns);
+}
+
 /// While value head h replays a chunk, what is read for the next chunk; the first head of a group
 /// reads the keys too.
 void look_ahead(const GatedDeltaRuleBackward& p, const Chunk& next, int64_t h, Ahead& ahead) {
@@ -372,9 +380,9 @@ void look_ahead(const GatedDeltaRuleBackward& p, const Chunk& next, int64_t h, A
   ahead.clear();
   for (const ConstView4* x : {&p.k, &p.q}) {
     if (h % group > 0) continue;
-    add_tokens(ahead, *x, p.dtype, next.b, next.t, h / group, next.tokens, p.K);
+    add_chunk(ahead, *x, p.dtype, next, h / group, p.K);
   }
-  add_tokens(ahead, p.v, p.dtype, next.b, next.t, h, next.tokens, p.V);
+  add_chunk(ahead, p.v, p.dtype, next, h, p.V);
 }
 
 /// While value head h goes back through a chunk, what it writes there and what is read for the
@@ -383,14 +391,12 @@ void look_back(const GatedDeltaRuleBackward& p, const Chunk& c, const Chunk* nex
                Ahead& ahead) {
   const int64_t group = p.HV / p.H;
   ahead.clear();
-  if (next != nullptr) {
-    add_tokens(ahead, p.d_o, p.dtype, next->b, next->t, h, next->tokens, p.V);
-  }
+  if (next != nullptr) add_chunk(ahead, p.d_o, p.dtype, *next, h, p.V);
   for (const MutableView4* x : {&p.d_k, &p.d_q}) {
     if ((h + 1) % group > 0) continue;
-    add_tokens(ahead, *x, p.dtype, c.b, c.t, h / group, c.tokens, p.K);
+    add_chunk(ahead, *x, p.dtype, c, h / group, p.K);
   }
-  add_tokens(ahead, p.d_v, p.dtype, c.b, c.t, h, c.tokens, p.V);
+  add_chunk(ahead, p.d_v, p.dtype, c, h, p.V);
 }
 
 /// State gradients of the value heads [first, first + tiles.size()) of sequence n, from what came
@@ -444,7 +450,7 @@ void backward_group(const GatedDeltaRuleBackward& p, int64_t n, int64_t key_head
       load_state(segment_state(p, n, segment, h), p.K, p.V, /*v_first=*/false, {0, p.V},
                  w.chunks[0].S);
       for (size_t c = 0; c < chunks.size(); ++c) {
-        if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.kT, w.shared[c], tiles.ahead);
+        if (i == 0) begin_key_chunk(p, chunks[c], key_head, w.shared[c], tiles);
         const bool last = c + 1 == chunks.size();
         if (!last) look_ahead(p, chunks[c + 1], h, tiles.ahead);
         replay_chunk(p, chunks[c], h, w.shared[c], w.chunks[c], last ? Tile{} : w.chunks[c + 1].S,
@@ -498,12 +504,9 @@ struct SegmentTiles {
 struct ThreadWorkspace {
   Workspace memory;
   BackwardTiles tiles;
-  Tile kT;
   explicit ThreadWorkspace(const GatedDeltaRuleBackward& p)
-      : memory(BackwardTiles::floats(p.chunk_size, p.K, p.V) +
-               Workspace::tile_floats(p.K, p.chunk_size)),
-        tiles(memory, p.chunk_size, p.K, p.V),
-        kT(memory.tile(p.K, p.chunk_size)) {}
+      : memory(BackwardTiles::floats(p.chunk_size, p.K, p.V)),
+        tiles(memory, p.chunk_size, p.K, p.V) {}
 };
 
 /// Buffers of the phases: two segments, since one is replayed while the chain of dS goes through
@@ -540,12 +543,6 @@ struct PhasesWorkspace {
     });
   }
 };
-
-template <typename View>
-void add_chunk(Ahead& ahead, const View& view, DType dtype, const Chunk& c, int64_t h,
-               int64_t columns) {
-  add_tokens(ahead, view, dtype, c.b, c.t, h, c.tokens, columns);
-}
 
 /// `columns` of V as if these were all.
 GatedDeltaRuleBackward slice_of(const GatedDeltaRuleBackward& p, const Columns& columns) {
@@ -634,8 +631,8 @@ void backward_by_phases(const GatedDeltaRuleBackward& p, int64_t n, PhasesWorksp
     const auto chunks = chunks_of_segment(p, seq, segment);
     const auto count = static_cast<int64_t>(chunks.size());
     w.for_each(p, p.H * count, [&](int64_t i, ThreadWorkspace& own) {
-      begin_key_chunk(p, chunks[i % count], i / count, own.kT,
-                      w.of(segment).shared[i / count][i % count], own.tiles.ahead);
+      begin_key_chunk(p, chunks[i % count], i / count, w.of(segment).shared[i / count][i % count],
+                      own.tiles);
     });
   };
   // The chain of dS through a segment, and at the same time the replay of the one before it.
