@@ -33,12 +33,14 @@ inline int64_t column_slices(int64_t tasks, int64_t V, int64_t threads) {
   return best;
 }
 
-/// Slice `index` of `slices`; all but the last begin and end at multiples of 16 columns.
+/// Slices begin at multiples of so many columns, as the kernels' tiles need.
+inline constexpr int64_t kSliceAlign = 16;
+
+/// Slice `index` of `slices`.
 inline Columns column_slice(int64_t V, int64_t slices, int64_t index) {
-  constexpr int64_t kAlign = 16;
-  const int64_t blocks = (V + kAlign - 1) / kAlign;
-  const int64_t begin = blocks * index / slices * kAlign;
-  const int64_t end = std::min(V, blocks * (index + 1) / slices * kAlign);
+  const int64_t blocks = (V + kSliceAlign - 1) / kSliceAlign;
+  const int64_t begin = blocks * index / slices * kSliceAlign;
+  const int64_t end = std::min(V, blocks * (index + 1) / slices * kSliceAlign);
   return {begin, end - begin};
 }
 

@@ -187,6 +187,8 @@ inline void store_state(const Tile& state, int64_t K, int64_t V, bool v_first,
   }
 }
 
+static_assert(kSliceAlign % kTileAlign == 0);
+
 /// Values, or their gradients, from column `first` on.
 template <typename View>
 View columns_from(View view, DType dtype, int64_t first) {
